@@ -1,0 +1,196 @@
+"""Everything a run needs to go on: parameters, optimisers, EMA, step and data cursor; saved whole or not at all."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .train import Objective, Player, TrainConfig
+
+EMA_WARMUP = 10  # the average follows (1 + n) / (10 + n) until that exceeds its decay
+
+
+class TrainState:
+    def __init__(self, objective: "Objective", config: "TrainConfig"):
+        self.step = 0
+        self.cursor = 0  # batches drawn
+        self.counters = dict.fromkeys(objective.players, 0)  # updates done
+        self.config_hash = config_hash(config, getattr(objective, "config", None))
+        self.seed = config.seed
+        self.params = {k: dict(p.params) for k, p in objective.players.items()}
+        self.optimizers = {k: optimizer(p, config) for k, p in objective.players.items()}
+        self.ema = {
+            k: {n: v.detach().clone() for n, v in p.params.items()}
+            for k, p in objective.players.items()
+            if p.ema is not None
+        }
+
+    def apply(self, name: str, player: "Player", lr: float) -> None:
+        """One optimiser step from the gradients that the parameters hold; frees them."""
+        opt = self.optimizers[name]
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        self.counters[name] += 1
+        if player.ema is not None:
+            n = self.counters[name]
+            decay = min(player.ema, (1 + n) / (EMA_WARMUP + n))
+            with torch.no_grad():
+                for key, average in self.ema[name].items():
+                    average.lerp_(player.params[key].detach(), 1 - decay)
+
+    @contextmanager
+    def averaged(self, name: str) -> Iterator[None]:
+        """Inside, the player's parameters are its EMA (or themselves where none is kept)."""
+        live = {k: p.detach().clone() for k, p in self.params[name].items()}
+        self._copy(name, self.ema.get(name, live))
+        try:
+            yield
+        finally:
+            self._copy(name, live)
+
+    @torch.no_grad()
+    def _copy(self, name: str, values: Mapping[str, Tensor]) -> None:
+        for key, p in self.params[name].items():
+            p.copy_(values[key])
+
+    def save(self, path: Path, meta: Mapping[str, Any] | None = None) -> None:
+        """Written aside, flushed, then renamed: a crash leaves the old file or the new one, never half of one."""
+        tensors, scalars = self._tensors()
+        header = {
+            "step": self.step,
+            "cursor": self.cursor,
+            "counters": self.counters,
+            "seed": self.seed,
+            "config_hash": self.config_hash,
+            "scalars": scalars,
+            "digest": digest(tensors),
+            **(meta or {}),
+        }
+        save_atomic(tensors, path, {"dmd_state": json.dumps(header)})
+
+    def load(self, path: Path, allow_other_config: bool = False) -> dict[str, Any]:
+        """Returns the header. Nothing changes unless the whole file is sound and fits this objective."""
+        tensors, header = read_state(path)
+        if header["config_hash"] != self.config_hash and not allow_other_config:
+            raise ValueError(
+                f"{path} was made with other settings (hash {header['config_hash']}, now {self.config_hash}); "
+                "go on with the settings of that run, or start a new run folder"
+            )
+        wanted = {f"param/{k}/{n}": p.shape for k, ps in self.params.items() for n, p in ps.items()}
+        wrong = [k for k, shape in wanted.items() if k not in tensors or tensors[k].shape != shape]
+        if wrong:
+            raise ValueError(
+                f"{path} lacks {len(wrong)} tensors of this run, such as {wrong[0]}; it belongs to another model"
+            )
+        for name in self.params:
+            self._copy(name, {n: tensors[f"param/{name}/{n}"] for n in self.params[name]})
+            self._load_optimizer(name, tensors, header["scalars"])
+        for name, average in self.ema.items():
+            for n, v in average.items():
+                v.copy_(tensors[f"ema/{name}/{n}"])
+        self.step, self.cursor = header["step"], header["cursor"]
+        self.counters = {k: int(header["counters"][k]) for k in self.params}
+        return header
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {}
+        scalars: dict[str, Any] = {}
+        for name, params in self.params.items():
+            tensors |= {f"param/{name}/{n}": p.detach() for n, p in params.items()}
+            tensors |= {f"ema/{name}/{n}": v for n, v in self.ema.get(name, {}).items()}
+            state = self.optimizers[name].state
+            for n, p in params.items():
+                for key, value in state.get(p, {}).items():
+                    where = f"optimizer/{name}/{key}/{n}"
+                    if isinstance(value, Tensor):
+                        tensors[where] = value
+                    else:
+                        scalars[where] = value
+        return {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, scalars
+
+    def _load_optimizer(self, name: str, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        opt = self.optimizers[name]
+        prefix = f"optimizer/{name}/"
+        saved = {k.removeprefix(prefix): v for k, v in (*tensors.items(), *scalars.items()) if k.startswith(prefix)}
+        opt.state.clear()
+        for n, p in self.params[name].items():
+            entries = {k.partition("/")[0]: v for k, v in saved.items() if k.partition("/")[2] == n}
+            if entries:
+                opt.state[p] = {k: _like(v, p, k) for k, v in entries.items()}
+
+
+def _like(value: Any, param: Tensor, key: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    # AdamW keeps its step counter on the CPU
+    return value.clone() if key == "step" else value.to(param.device).clone()
+
+
+def optimizer(player: "Player", config: "TrainConfig") -> torch.optim.Optimizer:
+    params = list(player.params.values())
+    if config.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise ValueError(
+                "optimizer 'adamw8bit' needs the package bitsandbytes; install it or choose 'adamw'"
+            ) from None
+        return AdamW8bit(params, lr=player.lr, betas=player.betas, weight_decay=player.weight_decay)
+    return torch.optim.AdamW(params, lr=player.lr, betas=player.betas, weight_decay=player.weight_decay)
+
+
+def config_hash(*configs: Any) -> str:
+    """Of all settings but the number of steps, which a resumed run may raise."""
+    settings = [asdict(c) if is_dataclass(c) and not isinstance(c, type) else repr(c) for c in configs]
+    for s in settings:
+        if isinstance(s, dict):
+            s.pop("steps", None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for key in sorted(tensors):
+        sha.update(key.encode())
+        sha.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a state file; a damaged or foreign file is a ValueError."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["dmd_state"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        raise ValueError(f"no training state at {path}; start a new run or name another folder") from None
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{path} is not a sound training state ({error}); use an earlier one of the run") from error
+    if digest(tensors) != header["digest"]:
+        raise ValueError(f"{path} is damaged (its checksum does not match); use an earlier state of the run")
+    return tensors, header
+
+
+def save_atomic(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """safetensors, written aside and renamed; on any failure nothing is left behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(dict(tensors), aside, dict(metadata))
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
