@@ -186,7 +186,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save_atomic(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """safetensors, written aside and renamed; on any failure nothing is left behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.part")  # one name: what a killed process left is overwritten
     try:
         save_file(dict(tensors), aside, dict(metadata))
         with open(aside, "rb+") as file:
