@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .schedule import Schedule, add_noise, expand
+from .schedule import Discrete, Flow, Schedule, add_noise, expand
 
 Callback = Callable[[int, Tensor, Tensor], None]  # step index, x0, x
 
@@ -17,6 +17,17 @@ def start(schedule: Schedule, noise: Tensor, sigma: Tensor | float) -> Tensor:
     """Pure noise at level sigma, as KSampler starts."""
     level = torch.as_tensor(sigma, device=noise.device, dtype=noise.dtype).expand(len(noise))
     return add_noise(schedule, torch.zeros_like(noise), noise, level)
+
+
+def unit_start(schedule: Schedule, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """Pure noise of unit variance as the network sees it, whatever level it is told.
+
+    At sigma_max this is how KSampler starts (max_denoise). DMD2's one-step SDXL student is told t=399 and still sees
+    pure noise: there start() would be wrong by sqrt(1 + 1 / sigma^2).
+    """
+    if isinstance(schedule, Discrete):
+        return noise * (1 + torch.as_tensor(sigma).to(noise) ** 2).sqrt()
+    return noise if isinstance(schedule, Flow) else start(schedule, noise, sigma)
 
 
 @torch.no_grad()

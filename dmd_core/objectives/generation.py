@@ -1,0 +1,97 @@
+"""What the distillation objectives share: the student's input, noising, and noise levels for the losses."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..conditioning import Cond
+from ..data import Batch
+from ..denoiser import Denoiser
+from ..samplers import sample_restart, unit_start
+from ..schedule import Flow, Schedule, add_noise
+
+SIGMA_FLOOR = 1e-3  # keeps 1 / sigma^2 finite at the clean end
+
+# eps-MSE of a VP model and velocity-MSE of a flow model are both |x0_hat - x0|^2 / sigma^2: the teacher's own weighting
+WEIGHTS = {
+    "native": lambda s: s**-2,
+    "v": lambda s: s**-2 + 1,  # v-MSE of a VP model: does not vanish at zero terminal SNR
+    "edm": lambda s: s**-2 + 4,  # 1 / sigma^2 + 1 / sigma_data^2
+    "min_snr": lambda s: (s**-2).clamp_max(5.0),
+    "x0": torch.ones_like,
+}
+
+
+def denoising_weight(kind: str, sigma: Tensor) -> Tensor:
+    if kind not in WEIGHTS:
+        raise ValueError(f"denoising weight {kind!r} is not known; use one of {', '.join(map(repr, WEIGHTS))}")
+    return WEIGHTS[kind](sigma.clamp_min(SIGMA_FLOOR))
+
+
+def gaussian(shape: Sequence[int], rng: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(tuple(shape), generator=rng, device=rng.device).to(dtype)
+
+
+def working_dtype(params: Mapping[str, nn.Parameter]) -> torch.dtype:
+    """Latents live in fp32 or better, whatever the parameters are kept in."""
+    return torch.promote_types(next(iter(params.values())).dtype, torch.float32)
+
+
+def noise_levels(schedule: Schedule, n: int, rng: torch.Generator, low: float, high: float, shift: float) -> Tensor:
+    """Uniform in time between the fractions low and high; flow times are shifted (0: by the schedule's own shift)."""
+    if shift and isinstance(schedule, Flow):
+        schedule = replace(schedule, shift=shift)
+    return schedule.sample(n, rng, low, high)
+
+
+def noised(schedule: Schedule, x0: Tensor, sigma: Tensor, rng: torch.Generator) -> Tensor:
+    return add_noise(schedule, x0, gaussian(x0.shape, rng, x0.dtype), sigma)
+
+
+def check_sigmas(sigmas: Sequence[float], schedule: Schedule) -> None:
+    """A student's noise levels fall from at most sigma_max and stop above 0 (the last step always goes to 0)."""
+    falling = all(a > b for a, b in pairwise(sigmas))
+    top = schedule.sigma_max * 1.001  # rounding of published tables
+    if not sigmas or not falling or sigmas[-1] <= 0 or sigmas[0] > top:
+        raise ValueError(
+            f"student sigmas are {tuple(sigmas)}; give one or more falling values above 0 and up to "
+            f"{schedule.sigma_max:g}, without the final 0"
+        )
+
+
+def fit(cond: Any, n: int) -> Any:
+    """One prompt (the negative, usually) for n samples; other kinds of conditioning are left to the network."""
+    if isinstance(cond, Cond):
+        return cond.expand(n)
+    if isinstance(cond, Tensor) and len(cond) == 1:
+        return cond.expand(n, *cond.shape[1:])
+    return cond
+
+
+def student_input(
+    student: Denoiser,
+    sigmas: Sequence[float],
+    batch: Batch,
+    rng: torch.Generator,
+    dtype: torch.dtype,
+    simulate: bool = True,
+    gamma: float = 1.0,
+) -> tuple[Tensor, int]:
+    """A state that the student meets when it samples, and the index of its level: one index for the whole batch.
+
+    Backward simulation (DMD2 sec. 4.5) walks there without gradient from pure noise; otherwise the batch's latents are
+    noised, and pure noise takes their place at the first level, so that no signal leaks in.
+    """
+    levels = torch.tensor(sigmas, dtype=dtype, device=rng.device)
+    k = int(torch.randint(len(sigmas), (1,), generator=rng, device=rng.device))
+    z = gaussian(batch.shape, rng, dtype)
+    if k and not simulate:
+        return add_noise(
+            student.schedule, batch.clean("starting from noised data").to(z), z, levels[k].expand(len(z))
+        ), k
+    x = unit_start(student.schedule, z, levels[0])
+    return sample_restart(student, x, levels[: k + 1], batch.cond, rng, gamma), k
