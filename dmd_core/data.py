@@ -1,9 +1,14 @@
 """What one training batch holds, for every objective that generates."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .conditioning import Cond
+from .train import mix
 
 
 @dataclass(frozen=True)
@@ -32,3 +37,22 @@ class Batch:
                 f"{purpose} needs the teacher's noise-latent pairs, and the data holds none; generate pairs first"
             )
         return self.noise, self.latents
+
+
+class Prompts:
+    """Endless batches of prompts from an encoded pool; one cursor always gives the same batch."""
+
+    def __init__(self, pool: Cond, shape: tuple[int, ...], batch: int, seed: int = 0):
+        if len(pool) == 0:
+            raise ValueError("no prompts were given; training needs at least one, a few hundred are better")
+        self.pool, self.shape, self.batch, self.seed = pool, (batch, *shape), batch, seed
+
+    def seek(self, cursor: int) -> Iterator[Batch]:
+        rng = torch.Generator()
+        while True:
+            rng.manual_seed(mix(self.seed, cursor))
+            yield Batch(self.pool.take(torch.randint(len(self.pool), (self.batch,), generator=rng)), self.shape)
+            cursor += 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.seek(0)

@@ -86,7 +86,7 @@ class NonFinite(RuntimeError):
 
 def train(
     objective: Objective,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Seekable,
     config: TrainConfig,
     state: TrainState | None = None,
     reduce: Callable[[list[Tensor]], None] | None = None,

@@ -17,7 +17,7 @@ STUDENTS = {
 
 
 class ShapesTokenizer:
-    """Stands where ComfyUI's tokenizers stand; the shapes world has one small vocabulary and no weights like (red:1.2)."""
+    """Stands where ComfyUI's tokenizers stand; weights like (red:1.2) are read over."""
 
     def __init__(self, **_options):
         pass

@@ -1,0 +1,51 @@
+"""python -m dmd_core demo | train | inspect"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+
+def demo(args: argparse.Namespace) -> None:
+    from . import demo
+
+    config = demo.DemoConfig(seed=args.seed, **(demo.QUICK if args.quick else {}))
+    report = demo.run_demo(args.out, config, torch.device(args.device), say)
+    print(f"\n{'':12}{'accuracy':>10}{'frechet':>10}{'coverage':>10}{'ms/image':>10}")
+    for name, row in report["rows"].items():
+        print(
+            f"{name:12}{row['accuracy']:10.3f}{row['frechet']:10.2f}{row['coverage']:10.2f}{row['ms_per_image']:10.1f}"
+        )
+    print(
+        f"{report['wall_seconds']:.0f} s. Look at {args.out / 'sheet.png'}; figures are in {args.out / 'report.json'}."
+    )
+
+
+def say(line: str) -> None:
+    # one line that rewrites itself on a terminal, plain lines in a log
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dmd_core", description="The engine of ComfyUI-DMD, headless.")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("demo", help="distil the embedded shapes teacher and measure the students")
+    command.add_argument("--out", type=Path, required=True, help="folder for sheets, curves, LoRA files, report.json")
+    command.add_argument("--quick", action="store_true", help="a look in 90 seconds; too short for good students")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.set_defaults(run=demo)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

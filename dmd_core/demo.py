@@ -1,0 +1,268 @@
+"""The main job on the embedded world: distil the shapes teacher into 4-step and 1-step students and measure them."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import metrics, shapes
+from .adapters import Adapted, AdapterBank
+from .conditioning import Cond
+from .curves import curves
+from .data import Prompts
+from .denoiser import Denoiser, Guided
+from .objectives.dmd2 import DMD2, DMD2Config
+from .samplers import sample_euler, sample_restart, start
+from .sheet import sheet
+from .train import Report, TrainConfig, train
+from .trainstate import TrainState, save_atomic
+
+LATENT = (16, 16, 16)  # of a picture of 128 pixels
+SIGMAS = {1: (1.0,), 4: (1.0, 0.75, 0.5, 0.25)}
+FACTORS = ("radius", "x", "y", "angle", "light")  # continuous ones, of the first object
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Tuned so that two CPU cores need under eight minutes; --quick for a look in 90 seconds."""
+
+    seed: int = 0
+    updates_4: int = 150
+    updates_1: int = 120
+    batch: int = 32
+    rank: int = 16
+    guidance: float = 2.0
+    critic_updates: int = 4
+    lr: float = 1e-3
+    num_judged: int = 512  # pictures per row of the report
+    num_shown: int = 8  # columns of the sheet
+
+
+QUICK = {"updates_4": 20, "updates_1": 15, "num_judged": 64}
+
+
+@dataclass(frozen=True)
+class World:
+    """The frozen pieces, on one device."""
+
+    net: torch.nn.Module
+    teacher: Denoiser
+    text: Any
+    autoencoder: Any
+    recogniser: Any
+    device: torch.device
+
+    @classmethod
+    def load(cls, device: torch.device) -> "World":
+        net = shapes.load_teacher().to(device)
+        judges = [shapes.load_text_encoder(), shapes.load_autoencoder(), shapes.load_recogniser()]
+        text, autoencoder, recogniser = (m.to(device) for m in judges)
+        return cls(net, shapes.teacher.denoiser(net), text, autoencoder, recogniser, device)
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        return Cond(*self.text.encode(prompts))
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        return torch.cat([self.autoencoder.decode(part) for part in latents.split(64)]).clamp(-1, 1)
+
+
+@dataclass
+class Run:
+    """One distillation: what it made and how it went."""
+
+    student: Denoiser
+    state: dict[str, Tensor]
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def captions(n: int, seed: int) -> list[str]:
+    rng = torch.Generator().manual_seed(seed)
+    return shapes.captions.describe(shapes.world.sample(n, rng), rng)
+
+
+def distil(
+    world: World,
+    steps: int,
+    updates: int,
+    config: DemoConfig,
+    begin: Mapping[str, Tensor] | None = None,
+    on_report: Callable[[Report], None] = lambda report: None,
+) -> Run:
+    """DMD2 from prompts alone; student and critic are LoRA sets on the teacher's own network."""
+    bank = AdapterBank(world.net)
+    rng = torch.Generator().manual_seed(config.seed)
+    bank.new("student", config.rank, rng)
+    bank.new("critic", config.rank, rng)
+    if begin is not None:
+        bank.load("student", begin)
+    student, critic = (Adapted(world.teacher, bank, {k: 1.0}) for k in ("student", "critic"))
+    dmd2 = DMD2Config(
+        sigmas=SIGMAS[steps],
+        guidance=config.guidance,
+        critic_updates=config.critic_updates,
+        student_lr=config.lr,
+        critic_lr=config.lr,
+        student_betas=(0.0, 0.99),
+        critic_betas=(0.0, 0.99),
+        ema=0.95,
+    )
+    negative = world.encode([""])
+    objective = DMD2(
+        world.teacher, student, critic, negative, bank.parameters("student"), bank.parameters("critic"), dmd2
+    )
+    loop = TrainConfig(steps=updates, seed=config.seed, warmup=5, cooldown=0.3)
+    state = TrainState(objective, loop)
+    batches = Prompts(world.encode(captions(4096, config.seed + 1)), LATENT, config.batch, config.seed)
+    run, began = Run(student, {}), time.perf_counter()
+    for report in train(objective, batches, loop, state):
+        for name, value in report.losses.items():
+            run.losses.setdefault(name, []).append(value)
+        on_report(report)
+    with state.averaged("student"):
+        run.state = bank.state("student")
+    bank.load("student", run.state)
+    run.seconds = time.perf_counter() - began
+    return run
+
+
+@torch.no_grad()
+def generate(
+    world: World, denoiser: Denoiser, sigmas: Sequence[float], prompts: Cond, seed: int, fresh: bool
+) -> Tensor:
+    """Latents for the prompts; the same seed gives every row the same starting noise. fresh: restart, else Euler."""
+    rng = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(prompts), *LATENT, generator=rng).to(world.device)
+    draw = torch.Generator(world.device).manual_seed(seed + 1)
+    levels = torch.tensor([*sigmas, 0.0], device=world.device)
+    parts = []
+    for index in torch.arange(len(prompts)).split(64):
+        x = start(denoiser.schedule, noise[index.to(noise.device)], sigmas[0])
+        cond = prompts.take(index)
+        parts.append(
+            sample_restart(denoiser, x, levels, cond, draw) if fresh else sample_euler(denoiser, x, levels, cond)
+        )
+    return torch.cat(parts)
+
+
+def judge(world: World, images: Tensor, prompts: Sequence[str], reference: Tensor) -> dict[str, Any]:
+    """What the frozen recogniser sees: it was never part of a loss."""
+    parts = images.split(64)
+    with torch.no_grad():
+        features = torch.cat([world.recogniser.features(p) for p in parts]).cpu()
+    scene = read(world, images)
+    kinds = torch.stack([scene.shape[:, 0], scene.colour[:, 0]], 1)
+    return {
+        "accuracy": shapes.captions.accuracy(prompts, scene),
+        "frechet": metrics.frechet(features, reference),
+        "coverage": metrics.coverage(kinds, len(shapes.world.SHAPES) * len(shapes.world.COLOURS)),
+        "spread": {k: v.std().item() for k, v in continuous(scene).items()},
+        "distance": metrics.pairwise_distance(features),
+    }
+
+
+def read(world: World, images: Tensor) -> Any:
+    scenes = [world.recogniser.read(part) for part in images.split(64)]
+    return type(scenes[0])(**{k: torch.cat([getattr(s, k) for s in scenes]).cpu() for k in vars(scenes[0])})
+
+
+def continuous(scene: Any) -> dict[str, Tensor]:
+    return {k: getattr(scene, k) if k == "light" else getattr(scene, k)[:, 0] for k in FACTORS}
+
+
+def rows(
+    config: DemoConfig, world: World, runs: Mapping[int, Run]
+) -> Iterator[tuple[str, Denoiser, Sequence[float], bool]]:
+    """name, denoiser, noise levels, whether fresh noise is drawn between steps"""
+    guided = Guided(world.teacher, config.guidance, world.encode([""]))
+    for steps in (40, 4, 1):
+        yield f"teacher_{steps}", guided, [1 - i / steps for i in range(steps)], False
+    for steps, run in runs.items():
+        yield f"student_{steps}", run.student, SIGMAS[steps], True
+
+
+def run_demo(out: Path, config: DemoConfig, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+    """Trains, samples, judges; writes sheets, curves, LoRA states and report.json into out."""
+    began = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    world = World.load(device)
+    runs: dict[int, Run] = {}
+    for steps, updates in ((4, config.updates_4), (1, config.updates_1)):
+        bar = ProgressLine(f"distilling to {steps} step{'s' * (steps > 1)}", updates, say)
+        begin = runs[4].state if steps == 1 else None
+        runs[steps] = distil(world, steps, updates, config, begin, bar.show)
+        curves(runs[steps].losses, columns=2).save(out / f"curves_{steps}.png")
+        save_atomic(runs[steps].state, out / f"student_{steps}.state.safetensors", {"steps": str(steps)})
+    say("sampling and judging")
+    prompts = captions(config.num_judged, config.seed + 101)
+    table, pictures = measure(world, runs, config, prompts)
+    shown = {k: v[: config.num_shown] for k, v in pictures.items()}
+    sheet(list(shown.values()), list(shown), prompts[: config.num_shown]).save(out / "sheet.png")
+    report = {
+        "rows": table,
+        "config": asdict(config),
+        "training_seconds": {f"student_{k}": round(r.seconds, 1) for k, r in runs.items()},
+        "wall_seconds": round(time.perf_counter() - began, 1),
+        "versions": versions(device),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def measure(
+    world: World, runs: Mapping[int, Run], config: DemoConfig, prompts: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    cond, reference = world.encode(prompts), held_out_features(world)
+    table, pictures = {}, {}
+    for name, denoiser, sigmas, fresh in rows(config, world, runs):
+        began = time.perf_counter()
+        images = world.pictures(generate(world, denoiser, sigmas, cond, config.seed + 7, fresh))
+        seconds = time.perf_counter() - began
+        pictures[name] = images.cpu()
+        table[name] = judge(world, images, prompts, reference)
+        table[name]["ms_per_image"] = round(1000 * seconds / len(prompts), 2)
+    return table, pictures
+
+
+def held_out_features(world: World, n: int = 2048) -> Tensor:
+    """Recogniser features of renders that no training has seen."""
+    scene = shapes.world.sample(n, torch.Generator().manual_seed(987_654))
+    with torch.no_grad():
+        parts = [world.recogniser.features(shapes.world.render(scene.take(i)).to(world.device)) for i in split(n)]
+    return torch.cat(parts).cpu()
+
+
+def split(n: int) -> tuple[Tensor, ...]:
+    return torch.arange(n).split(64)
+
+
+@dataclass
+class ProgressLine:
+    """`label 34/150, 2:10 left`, said at most once a second."""
+
+    label: str
+    total: int
+    say: Callable[[str], None]
+    began: float = field(default_factory=time.perf_counter)
+    last: float = 0.0
+
+    def show(self, report: Report) -> None:
+        now = time.perf_counter()
+        if now - self.last < 1 and report.step < self.total:
+            return
+        self.last = now
+        left = round((now - self.began) / report.step * (self.total - report.step))
+        self.say(f"{self.label} {report.step}/{self.total}, {left // 60}:{left % 60:02} left")
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "device": f"{device} {name}".strip()}
