@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..conditioning import Cond
 from ..data import Batch
 from ..denoiser import Denoiser
-from ..samplers import sample_restart, unit_start
+from ..samplers import sample_restart, start
 from ..schedule import Flow, Schedule, add_noise
 
 SIGMA_FLOOR = 1e-3  # keeps 1 / sigma^2 finite at the clean end
@@ -93,5 +93,5 @@ def student_input(
         return add_noise(
             student.schedule, batch.clean("starting from noised data").to(z), z, levels[k].expand(len(z))
         ), k
-    x = unit_start(student.schedule, z, levels[0])
-    return sample_restart(student, x, levels[: k + 1], batch.cond, rng, gamma), k
+    x = start(student.schedule, z, levels[0])
+    return sample_restart(student, x, levels[: k + 1], batch.cond, rng, gamma) if k else x, k
