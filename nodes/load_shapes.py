@@ -11,8 +11,8 @@ from comfy_api.latest import io
 from ..dmd_core import shapes
 
 STUDENTS = {
-    "student, 4 steps": "student_4",
-    "student, 1 step": "student_1",
+    "student, 4 steps": "shapes_student_4.safetensors",
+    "student, 1 step": "shapes_student_1.safetensors",
 }
 
 
@@ -60,10 +60,10 @@ def load_clip() -> comfy.sd.CLIP:
 
 
 def load_model(student: str | None):
-    model = comfy.sd.load_diffusion_model(str(shapes.path("teacher")))
+    model = comfy.sd.load_diffusion_model(str(shapes.TEACHER))
     if student is None:
         return model
-    lora, metadata = comfy.utils.load_torch_file(str(shapes.path(student)), safe_load=True, return_metadata=True)
+    lora, metadata = comfy.utils.load_torch_file(str(shapes.WEIGHTS / student), safe_load=True, return_metadata=True)
     model, _clip = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0, lora_metadata=metadata)
     return model
 
@@ -91,5 +91,5 @@ class LoadShapes(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
-        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(shapes.path("autoencoder")), safe_load=True))
+        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(shapes.AUTOENCODER), safe_load=True))
         return io.NodeOutput(load_model(STUDENTS.get(model)), load_clip(), vae)
