@@ -1,0 +1,133 @@
+"""Whole models: their identity, and writing them in the layouts that ComfyUI's loaders read."""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..families import Family, layer_path, naming
+from ..families.names import OTHERS
+from .files import DTYPE_NAMES, Spec, free_path, open_tensors, read_weights_header, write_streaming
+from .header import Header
+from .lora import DTYPES, add_delta, fit, read_lora, weight_keys
+from .recipe import Recipe, header_metadata
+
+SAMPLE = 64  # values hashed at each end of each tensor
+CHECKPOINT_PREFIX = "model.diffusion_model."
+LAYOUTS = ("diffusion_model", "checkpoint")
+
+
+def base_hash(source: str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]) -> str:
+    """A fast name for a diffusion model's content: 16 hex letters over names, shapes and both ends of every tensor.
+
+    Prefixes, text encoders and VAE do not count; values are rounded to bf16 first, so a bf16 or fp16 file and the
+    model loaded from it agree. Equal names mean equal models for our purposes; other names may still be the same model
+    in another key layout. It is no protection against forgery.
+    """
+    if isinstance(source, str | os.PathLike):
+        shapes = read_weights_header(source).shapes
+        with open_tensors(Path(source)) as get:
+            return _hash(shapes, get)
+    tensors = source.state_dict() if isinstance(source, nn.Module) else source
+    return _hash({k: tuple(v.shape) for k, v in tensors.items()}, lambda k: tensors[k])
+
+
+def _hash(shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]) -> str:
+    inner = [k for k in shapes if k.startswith(CHECKPOINT_PREFIX)] or [k for k in shapes if not OTHERS.match(k)]
+    sha = hashlib.sha256()
+    for key in sorted(inner, key=layer_path):
+        sha.update(f"{layer_path(key)} {list(shapes[key])}\n".encode())
+        flat = get(key).detach().reshape(-1)
+        ends = torch.cat([flat[:SAMPLE], flat[-SAMPLE:]]).float().bfloat16().cpu()
+        sha.update(ends.view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:16]
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    name: str,
+    weights: Mapping[str, Tensor],
+    family: Family,
+    *,
+    recipe: Recipe | None = None,
+    layout: str = "diffusion_model",
+    dtype: str | None = "fp16",
+    others: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """A whole model as folder/name_00001.safetensors, tensor by tensor.
+
+    layout 'diffusion_model': bare keys, for ComfyUI's Load Diffusion Model. 'checkpoint': one file for Load Checkpoint,
+    with `others` (VAE and text encoders under their own keys) beside it. dtype None keeps each tensor's own.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    if layout == "checkpoint" and naming(weights, family) == "diffusers" and family.same:
+        raise ValueError(f"these are diffusers' names of {family.title}; save them with the layout 'diffusion_model'")
+    prefix = CHECKPOINT_PREFIX if layout == "checkpoint" else ""
+    tensors = {prefix + layer_path(k): v for k, v in weights.items()}
+    cast = {k: v.dtype if dtype is None or not v.is_floating_point() else DTYPES[dtype] for k, v in tensors.items()}
+    tensors |= dict(others or {})
+    specs: dict[str, Spec] = {k: (cast.get(k, v.dtype), tuple(v.shape)) for k, v in tensors.items()}
+    path = free_path(folder, name)
+    header = header_metadata(path.stem, family, recipe, extra=metadata)
+    write_streaming(path, specs, lambda k: _finite(k, tensors[k], specs[k][0]), header)
+    return path
+
+
+def _finite(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.detach().to(dtype)
+    if cast.is_floating_point() and not cast.float().isfinite().all():
+        raise ValueError(f"{key} is not finite in {dtype}; nothing was saved. Save as bf16 or fp32")
+    return cast
+
+
+def merge_file(
+    folder: str | os.PathLike[str],
+    name: str,
+    base: str | os.PathLike[str],
+    lora: str | os.PathLike[str],
+    *,
+    scale: float = 1.0,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """base with a LoRA merged in, written tensor by tensor: everything else in the file stays as it is."""
+    header, file = read_weights_header(base), read_lora(lora)
+    weights = _weights(header)
+    names = [layer_path(n) for n in weights]
+    state = fit(file, dict(zip(names, weights.values(), strict=True)), names)
+    layers = weight_keys(header.shapes, {k.rpartition(".")[0] for k in state})
+    unknown = set(header.dtypes.values()) - DTYPE_NAMES.keys()
+    if unknown:
+        raise ValueError(f"{base} holds tensors of type {', '.join(sorted(unknown))}; merge into an fp16 or bf16 file")
+    specs: dict[str, Spec] = {k: (DTYPE_NAMES[d], header.shapes[k]) for k, d in header.dtypes.items()}
+    path = free_path(folder, name)
+    found = dict(header.metadata) | header_metadata(path.stem, file.family, file.recipe, extra=metadata)
+    with open_tensors(Path(base)) as get:
+
+        def merged(key: str) -> Tensor:
+            if key not in layers:
+                return get(key)
+            n = layers[key]
+            return add_delta(key, get(key), state[f"{n}.down"], state[f"{n}.up"], scale)
+
+        write_streaming(path, specs, merged, found)
+    return path
+
+
+def _weights(header: Header) -> dict[str, tuple[int, ...]]:
+    """Layer -> shape of every weight that a LoRA could change."""
+    inner = any(k.startswith(CHECKPOINT_PREFIX) for k in header.shapes)
+    return {
+        k.removesuffix(".weight"): shape
+        for k, shape in header.shapes.items()
+        if k.endswith(".weight")
+        and len(shape) >= 2
+        and not OTHERS.match(k)
+        and (k.startswith(CHECKPOINT_PREFIX) or not inner)
+    }
