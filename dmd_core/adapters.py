@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,13 @@ from .schedule import Schedule
 Targets = Callable[[str, nn.Module], bool]
 
 
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """ComfyUI's quantised Linear has the members of one and is none."""
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Linear" and hasattr(module, "in_features"))
+
+
 def linear_layers(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+    return is_linear(module)
 
 
 class LowRank(nn.Module):
@@ -35,7 +40,7 @@ class LowRank(nn.Module):
                 )
             down, up = (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
             self.conv = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        elif isinstance(layer, nn.Linear):
+        elif is_linear(layer):
             down, up = (rank, layer.in_features), (layer.out_features, rank)
         else:
             raise TypeError(f"adapters sit on Linear and Conv2d layers, not on {type(layer).__name__}")
@@ -135,13 +140,29 @@ class AdapterBank:
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For torch.utils.checkpoint(context_fn=...): backward's recompute must see the mix of the forward."""
-        return nullcontext(), self.use(**self.active)
+        return nullcontext(), _Mix(self, self.active)
+
+
+@dataclass
+class _Mix(AbstractContextManager[None]):
+    """use() that can be entered again: with retain_graph every further backward recomputes once more."""
+
+    bank: AdapterBank
+    scales: dict[str, float]
+    before: list[dict[str, float]] = field(default_factory=list)
+
+    def __enter__(self) -> None:
+        self.before.append(self.bank.active)
+        self.bank.active = self.scales
+
+    def __exit__(self, *error: object) -> None:
+        self.bank.active = self.before.pop()
 
 
 def _full_rank(layer: nn.Module) -> int:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return min(weight.shape[0], weight[0].numel())
+    return min(weight.shape[0], weight.shape[1:].numel())
 
 
 @dataclass
