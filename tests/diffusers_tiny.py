@@ -193,7 +193,7 @@ def pixart(where: Path, alpha: bool):
 
     tokenizer = t5_tokenizer(120 if alpha else 300)
     net = diffusers.PixArtTransformer2DModel(
-        sample_size=16,
+        sample_size=128 if alpha else 16,  # at 128 the pipeline adds the picture's size to the conditions
         num_layers=2,
         patch_size=2,
         attention_head_dim=8,
@@ -212,6 +212,7 @@ def pixart(where: Path, alpha: bool):
 
 
 def pipeline(family: str, where: Path):
+    """Tokenizers are read from files: theirs go below `where`."""
     torch.manual_seed(FAMILIES.index(family))
     make = {
         "sd15": sd15,
@@ -223,12 +224,14 @@ def pipeline(family: str, where: Path):
         "pixart_sigma": lambda at: pixart(at, False),
         "pixart_alpha": lambda at: pixart(at, True),
     }[family]
-    return make(where / f"{family}.parts")
+    return make(where)
 
 
 def save(family: str, where: Path, **options) -> Path:
     """The family's folder below `where`, written once."""
     folder = where / "-".join([family, *(f"{k}={v}" for k, v in options.items())])
     if not folder.exists():
-        pipeline(family, where).save_pretrained(str(folder), safe_serialization=True, **options)
+        pipeline(family, where / f"{folder.name}.parts").save_pretrained(
+            str(folder), safe_serialization=True, **options
+        )
     return folder

@@ -85,6 +85,7 @@ def refuse_other_networks(net: Any, kind: Kind) -> None:
 
 def load_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> tuple[Any, Kind]:
     import diffusers
+    import transformers
 
     index, kind = read_index(folder)
     parts: dict[str, Any] = {n: None for n in NO_SCREENING if n in index}
@@ -94,9 +95,7 @@ def load_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> tuple[
         for name in (kind.net, "vae"):
             parts[name] = load_part(diffusers, folder, index, name, dtype, variant)
         for name in kind.in_file:
-            if name in index and has_weights(folder / name):
-                import transformers
-
+            if name in index:
                 parts[name] = load_part(transformers, folder, index, name, dtype, variant)
         return pipeline_class(index).from_pretrained(str(folder), local_files_only=True, **parts), kind
 
@@ -302,7 +301,7 @@ def explained(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise  # one of ours, already complete
-        reason = str(error).strip().partition("\n")[0][:300]
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{path} could not be loaded ({type(error).__name__}: {reason}); whole .safetensors files and their JSON "
             "configuration are accepted. Fetch the model again if a file is cut short"
