@@ -58,6 +58,22 @@ def approximate_r1(
     return torch.stack([F.mse_loss(at_least_fp32(a), at_least_fp32(b)) for a, b in pairs]).mean()
 
 
+def latent_perceptual(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Distance of two lists of features, maps [b c h w], tokens [b n c] or vectors [b c]; b is the target.
+
+    As in LPIPS every position's feature vector is scaled to unit length, so that no layer outweighs the others. There
+    are no learned weights: the features are the frozen teacher's own.
+    """
+
+    def unit(f: Tensor) -> Tensor:
+        return F.normalize(at_least_fp32(f), dim=1 if f.ndim in (2, 4) else -1)
+
+    def distance(f: Tensor, g: Tensor) -> Tensor:
+        return (unit(f) - unit(g).detach()).square().sum(1 if f.ndim in (2, 4) else -1).mean()
+
+    return torch.stack([distance(f, g) for f, g in zip(a, b, strict=True)]).mean()
+
+
 def _known(kind: str) -> str:
     if kind not in ("softplus", "hinge"):
         raise ValueError(f"GAN loss {kind!r} is not known; use 'softplus' or 'hinge'")

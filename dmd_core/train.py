@@ -52,10 +52,17 @@ class Objective(Protocol):
     def players(self) -> Mapping[str, Player]: ...
 
     def turns(self, step: int) -> Sequence[str]:
-        """Who updates in this step, in order."""
+        """Who updates in this step, in order. Called at the start of every step, so a schedule may be read from it."""
 
     def terms(self, player: str, batch: Any, rng: torch.Generator) -> dict[str, Tensor]:
-        """Named losses of one player on one batch; their sum is minimised."""
+        """Named losses of one player on one batch; their sum is minimised. Terms without gradient are measurements."""
+
+
+@runtime_checkable
+class Reactive(Protocol):
+    """An objective that acts after an update, say pulls the critic towards the student."""
+
+    def updated(self, player: str) -> None: ...
 
 
 @runtime_checkable
@@ -143,6 +150,8 @@ def update(
     norm = nn.utils.clip_grad_norm_(list(player.params.values()), config.clip or float("inf"))
     refuse_nonfinite(name, means, norm, state.step)
     state.apply(name, player, player.lr * lr_factor(config, state.step, state.counters[name]))
+    if isinstance(objective, Reactive):
+        objective.updated(name)
     return means, norm
 
 

@@ -10,16 +10,30 @@ from torch import Tensor, nn
 from .. import losses
 from ..data import Batch
 from ..denoiser import Denoiser
+from ..discriminators import Discriminator, verdict
+from ..samplers import renoise
 from ..train import Player
 from .generation import (
+    SIGMA_FLOOR,
+    Probe,
     check_sigmas,
-    denoising_weight,
     fit,
     noise_levels,
     noised,
+    probe,
+    probe_above,
     student_input,
     working_dtype,
 )
+
+# f-distill (Xu et al. 2025): the matching gradient times h(r), r = p_teacher / p_student as the discriminator sees it
+DIVERGENCES = {
+    "rkl": torch.ones_like,
+    "kl": lambda r: r,
+    "js": lambda r: 1 - 1 / (1 + r),
+    "softened_rkl": lambda r: 1 / (1 + r),
+    "hellinger": torch.sqrt,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +56,21 @@ class DMD2Config:
     ema: float | None = 0.99
     student_accumulate: int = 1
     critic_accumulate: int = 1
+    # GAN: needs a discriminator and latents in the batches
+    gan_weight: float = 0.0  # in the student's loss; 0: no GAN at all. Published: 5e-3 SDXL, 1e-3 SD1.5
+    gan_critic_weight: float = 1e-2
+    gan_loss: str = "softplus"  # softplus | hinge
+    r1_weight: float = 0.0  # approximate R1 on real latents
+    # research options, off by default
+    guidance_weight: float = 1.0  # of the teacher's guidance part (decoupled DMD)
+    matching_weight: float = 1.0  # of the part that matches the unguided teacher
+    synchronise: float = 0.0  # share of the student in the critic's weights after each student update; 0.03 is usual
+    divergence: str = "rkl"  # rkl | kl | js | softened_rkl | hellinger; all but rkl need the GAN
+    trajectory: bool = False  # deterministic student, matched segment by segment (TDM): sample it with Euler
 
 
 class DMD2:
-    """Batches are `Batch`; prompts alone suffice.
+    """Batches are `Batch`; prompts alone suffice without a GAN.
 
     One step is `critic_updates` critic updates, then one student update. The published code counts differently: it
     updates the critic in every iteration and the student in every fifth, on the same sample; per student update both
@@ -61,17 +86,19 @@ class DMD2:
         student_params: Mapping[str, nn.Parameter],
         critic_params: Mapping[str, nn.Parameter],
         config: DMD2Config,
+        discriminator: Discriminator | None = None,
     ):
         check_sigmas(config.sigmas, student.schedule)
-        if config.guidance != 1 and negative is None:
-            raise ValueError(
-                f"guidance {config.guidance} needs a negative (empty-prompt) conditioning; give one, or guidance 1"
-            )
+        check_options(config, negative, discriminator, student_params, critic_params)
         self.teacher, self.student, self.critic, self.negative = teacher, student, critic, negative
         self.config, self.dtype = config, working_dtype(student_params)
+        self.discriminator = discriminator if config.gan_weight else None
+        # the heads learn with the critic, as published: with features of the critic, its backbone learns from both
+        heads = {f"head.{k}": p for k, p in self.discriminator.parameters.items()} if self.discriminator else {}
+        learning = {**critic_params, **heads}
         c = config
         self.players = {
-            "critic": Player(critic_params, c.critic_lr, c.critic_betas, c.weight_decay, None, c.critic_accumulate),
+            "critic": Player(learning, c.critic_lr, c.critic_betas, c.weight_decay, None, c.critic_accumulate),
             "student": Player(
                 student_params, c.student_lr, c.student_betas, c.weight_decay, c.ema, c.student_accumulate
             ),
@@ -80,35 +107,117 @@ class DMD2:
     def turns(self, step: int) -> Sequence[str]:
         return ("critic",) * self.config.critic_updates + ("student",)
 
+    def updated(self, player: str) -> None:
+        """After a student update the critic may take a share of it (SenseFlow's implicit alignment)."""
+        if player == "student" and self.config.synchronise:
+            with torch.no_grad():
+                for key, p in self.players["student"].params.items():
+                    self.players["critic"].params[key].lerp_(p, self.config.synchronise)
+
     def terms(self, player: str, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         with torch.set_grad_enabled(player == "student"):
-            x0 = self.generate(batch, rng)
-        return self.critic_terms(x0, batch, rng) if player == "critic" else self.student_terms(x0, batch, rng)
+            x, k = self.input(batch, rng)
+            x0 = self.student(x, self.level(k, x), batch.cond)
+        return (self.critic_terms if player == "critic" else self.student_terms)(x0, batch, rng, x, k)
 
-    def generate(self, batch: Batch, rng: torch.Generator) -> Tensor:
-        """The student's clean latents, from a state that it meets when it samples."""
+    def input(self, batch: Batch, rng: torch.Generator) -> tuple[Tensor, int]:
         c = self.config
-        x, k = student_input(self.student, c.sigmas, batch, rng, self.dtype, c.backward_simulation, c.gamma)
-        return self.student(x, torch.full((len(x),), c.sigmas[k]).to(x), batch.cond)
+        gamma = 0.0 if c.trajectory else c.gamma
+        return student_input(self.student, c.sigmas, batch, rng, self.dtype, c.backward_simulation, gamma)
 
-    def critic_terms(self, x0: Tensor, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        schedule, c = self.critic.schedule, self.config
-        sigma = noise_levels(schedule, len(x0), rng, 0.0, 1.0, c.shift).to(x0).clamp_min(1e-3)
-        pred = self.critic(noised(schedule, x0, sigma, rng), sigma, batch.cond)
-        return {"denoise": losses.denoising(pred, x0, denoising_weight(c.critic_weight, sigma))}
+    def level(self, k: int, x: Tensor) -> Tensor:
+        return torch.full((len(x),), self.config.sigmas[k]).to(x)
 
-    def student_terms(self, x0: Tensor, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        schedule, c = self.teacher.schedule, self.config
+    def critic_terms(
+        self, x0: Tensor, batch: Batch, rng: torch.Generator, x: Tensor | None = None, k: int = 0
+    ) -> dict[str, Tensor]:
+        """x0: generated latents, no gradient; x, k: where the student made them from."""
+        at = self.probe(x0, rng, 0.0, 1.0, x, k)
+        terms = {"denoise": losses.denoising(self.critic(at.x, at.sigma, batch.cond), at.target, at.weight)}
+        return terms | self.gan_critic_terms(x0, batch, rng) if self.discriminator else terms
+
+    def student_terms(
+        self, x0: Tensor, batch: Batch, rng: torch.Generator, x: Tensor | None = None, k: int = 0
+    ) -> dict[str, Tensor]:
+        c = self.config
         with torch.no_grad():
-            sigma = noise_levels(schedule, len(x0), rng, c.low, c.high, c.shift).to(x0)
-            x = noised(schedule, x0, sigma, rng)
-            real, fake = self.real_score(x, sigma, batch.cond), self.critic(x, sigma, batch.cond)
-        return {"dmd": losses.distribution_matching(x0, real, fake, c.floor)}
+            at = self.probe(x0, rng, c.low, c.high, x, k)
+            real, fake = self.scores(at, batch.cond)
+        terms = {"dmd": losses.distribution_matching(x0, real, fake, c.floor)}
+        if self.discriminator is not None:
+            logits = self.discriminator(*self.gan_state(x0, rng), batch.cond)
+            terms["gan"] = c.gan_weight * losses.gan_student(logits, c.gan_loss)
+        return terms
 
-    def real_score(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        """The teacher's guided x0; guidance 1 costs one pass, not two."""
-        positive = self.teacher(x, sigma, cond)
-        if self.config.guidance == 1:
-            return positive
-        negative = self.teacher(x, sigma, fit(self.negative, len(x)))
-        return negative + self.config.guidance * (positive - negative)
+    def probe(self, x0: Tensor, rng: torch.Generator, low: float, high: float, x: Tensor | None, k: int) -> Probe:
+        schedule, c = self.teacher.schedule, self.config
+        if not c.trajectory or x is None:
+            sigma = noise_levels(schedule, len(x0), rng, low, high, c.shift).to(x0).clamp_min(SIGMA_FLOOR)
+            return probe(schedule, x0, sigma, rng, c.critic_weight)
+        ends = torch.tensor([*c.sigmas[k : k + 2], 0.0][:2]).to(x0)
+        after = renoise(schedule, x, x0, ends[0], ends[1], None, 0.0) if ends[1] > 0 else x0
+        return probe_above(schedule, after, float(ends[1]), float(ends[0]), rng)
+
+    def scores(self, at: Probe, cond: Any) -> tuple[Tensor, Tensor]:
+        """Teacher's guided x0 and the critic's, whose difference is the gradient; guidance 1 costs one teacher pass."""
+        c = self.config
+        positive = self.teacher(at.x, at.sigma, cond)
+        pull = torch.zeros_like(positive)
+        if c.guidance != 1:
+            pull = (c.guidance - 1) * (positive - self.teacher(at.x, at.sigma, fit(self.negative, len(at.x))))
+        real, fake = positive + pull, self.critic(at.x, at.sigma, cond)
+        if (c.guidance_weight, c.matching_weight, c.divergence) == (1, 1, "rkl"):
+            return real, fake
+        direction = c.matching_weight * (fake - positive) - c.guidance_weight * pull
+        if self.discriminator is not None and c.divergence != "rkl":
+            direction = direction * self.density_weight(at, cond)
+        return real, real + direction
+
+    def density_weight(self, at: Probe, cond: Any) -> Tensor:
+        """h(r) per sample, of mean 1 over the batch (so it takes a batch of more than one). [b 1 ...]"""
+        assert self.discriminator is not None
+        logit = torch.stack([d.mean(1) for d in self.discriminator(at.x, at.sigma, cond)]).mean(0)
+        h = DIVERGENCES[self.config.divergence](logit.clamp(-5, 5).exp())
+        return (h / h.mean()).reshape(-1, *(1,) * (at.x.ndim - 1))
+
+    def gan_state(self, latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        schedule = self.teacher.schedule
+        sigma = noise_levels(schedule, len(latents), rng, 0.0, 1.0, self.config.shift).to(latents)
+        sigma = sigma.clamp_min(SIGMA_FLOOR)
+        return noised(schedule, latents, sigma, rng), sigma
+
+    def gan_critic_terms(self, x0: Tensor, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        assert self.discriminator is not None
+        c, discriminator = self.config, self.discriminator
+        latents, sigma = self.gan_state(batch.clean("the GAN of DMD2").to(x0), rng)
+        real = discriminator(latents, sigma, batch.cond)
+        fake = discriminator(*self.gan_state(x0, rng), batch.cond)
+        terms = {"gan": c.gan_critic_weight * losses.gan_critic(real, fake, c.gan_loss)}
+        if c.r1_weight:
+            penalty = losses.approximate_r1(lambda u: discriminator(u, sigma, batch.cond), latents, rng)
+            terms["r1"] = c.gan_critic_weight * c.r1_weight * penalty
+        return terms | verdict(real, fake)
+
+
+def check_options(
+    c: DMD2Config,
+    negative: Any,
+    discriminator: Discriminator | None,
+    student: Mapping[str, nn.Parameter],
+    critic: Mapping[str, nn.Parameter],
+) -> None:
+    if c.guidance != 1 and negative is None:
+        raise ValueError(f"guidance {c.guidance} needs a negative (empty-prompt) conditioning; give one, or guidance 1")
+    if c.critic_updates < 1:
+        raise ValueError(f"critic_updates is {c.critic_updates}; the matching gradient needs a critic, give 1 to 10")
+    if c.gan_weight and discriminator is None:
+        raise ValueError(f"gan_weight {c.gan_weight} needs a discriminator; give one, or gan_weight 0")
+    if c.divergence not in DIVERGENCES:
+        raise ValueError(f"divergence {c.divergence!r} is not known; use one of {', '.join(map(repr, DIVERGENCES))}")
+    if c.divergence != "rkl" and not c.gan_weight:
+        raise ValueError(f"divergence {c.divergence!r} reads a discriminator; turn the GAN on, or use 'rkl'")
+    if c.trajectory and not c.backward_simulation:
+        raise ValueError("a trajectory student walks its own path; turn backward_simulation on")
+    shapes = [{k: p.shape for k, p in params.items()} for params in (student, critic)]
+    if c.synchronise and shapes[0] != shapes[1]:
+        raise ValueError("synchronise mixes the student into the critic; give both LoRA sets the same layers and rank")

@@ -1,7 +1,7 @@
-"""What the distillation objectives share: the student's input, noising, and noise levels for the losses."""
+"""What the distillation objectives share: the student's input, and the noised states that the losses look at."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..conditioning import Cond
 from ..data import Batch
 from ..denoiser import Denoiser
 from ..samplers import sample_restart, start
-from ..schedule import Flow, Schedule, add_noise
+from ..schedule import Flow, Schedule, add_noise, expand
 
 SIGMA_FLOOR = 1e-3  # keeps 1 / sigma^2 finite at the clean end
 
@@ -50,6 +50,39 @@ def noise_levels(schedule: Schedule, n: int, rng: torch.Generator, low: float, h
 
 def noised(schedule: Schedule, x0: Tensor, sigma: Tensor, rng: torch.Generator) -> Tensor:
     return add_noise(schedule, x0, gaussian(x0.shape, rng, x0.dtype), sigma)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A noised generated sample: where the scores are compared and the critic learns."""
+
+    x: Tensor
+    sigma: Tensor  # [b]
+    target: Tensor  # what a critic of these states has to predict
+    weight: Tensor  # [b], the critic's weighting
+
+
+def probe(schedule: Schedule, x0: Tensor, sigma: Tensor, rng: torch.Generator, kind: str) -> Probe:
+    return Probe(noised(schedule, x0, sigma, rng), sigma, x0, denoising_weight(kind, sigma))
+
+
+def probe_above(schedule: Schedule, x: Tensor, below: float, above: float, rng: torch.Generator) -> Probe:
+    """x, a state at level `below` of a trajectory, noised further to a random level under `above` (TDM).
+
+    Its distribution is not "clean latents plus noise", so the critic's target is the x0 form of its score: with
+    r = b / a and s^2 = r^2 - r_below^2, x / a - (r^2 / s) eps. The weight s^2 / r^4 makes that an eps-MSE.
+    """
+    ends = schedule.timestep(torch.tensor([max(below, SIGMA_FLOOR), above], device=x.device)).to(x)
+    # the outer hundredths are left out: there s, or a at sigma 1 of a flow, is zero
+    u = 0.01 + 0.98 * torch.rand(len(x), generator=rng, device=rng.device).to(x)
+    sigma = schedule.sigma(ends[0] + u * (ends[1] - ends[0])).to(x)
+    a, b = schedule.coeffs(sigma)
+    a_below, b_below = schedule.coeffs(torch.tensor(below).to(x))
+    r, r_below = b / a, b_below / a_below
+    s = (r**2 - r_below**2).sqrt()
+    eps = gaussian(x.shape, rng, x.dtype)
+    state = x / a_below + expand(s, x) * eps
+    return Probe(expand(a, x) * state, sigma, state - expand(r**2 / s, x) * eps, s**2 / r**4)
 
 
 def check_sigmas(sigmas: Sequence[float], schedule: Schedule) -> None:

@@ -1,0 +1,52 @@
+"""DMD (Yin et al. 2023), the first version: the matching gradient beside a regression on the teacher's own pairs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from ..data import Batch
+from ..samplers import start
+from .dmd2 import DMD2, DMD2Config
+
+# distance(generated, target, batch, rng)
+Distance = Callable[[Tensor, Tensor, Batch, torch.Generator], Tensor]
+
+
+def mean_square(generated: Tensor, target: Tensor, batch: Batch, rng: torch.Generator) -> Tensor:
+    return losses.denoising(generated, target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMDConfig(DMD2Config):
+    critic_updates: int = 1  # the regression keeps the student in place: one time scale suffices
+    regression_weight: float = 0.25
+
+
+class DMD(DMD2):
+    """One step, no GAN. Batches carry the teacher's noise-latent pairs; the matching gradient takes fresh noise.
+
+    `distance` compares the student's latents with the pair's. The paper decodes both and uses LPIPS; pass
+    `Perceptual` (diffusion2gan.py) for a metric on the teacher's own features. With matching_weight and
+    guidance_weight at 0 it is the regression warm-up of DMD2's one-step SDXL recipe.
+    """
+
+    def __init__(self, *args: object, distance: Distance = mean_square, **named: object):
+        super().__init__(*args, **named)  # type: ignore[arg-type]
+        if len(self.config.sigmas) != 1:
+            count = len(self.config.sigmas)
+            raise ValueError(f"DMD is a one-step method, and {count} student sigmas were given; give one, or use DMD2")
+        self.distance = distance
+
+    def student_terms(
+        self, x0: Tensor, batch: Batch, rng: torch.Generator, x: Tensor | None = None, k: int = 0
+    ) -> dict[str, Tensor]:
+        assert isinstance(self.config, DMDConfig)
+        matching = self.config.matching_weight or self.config.guidance_weight
+        terms = super().student_terms(x0, batch, rng, x, k) if matching else {}
+        noise, latents = (v.to(x0) for v in batch.pair("DMD's regression"))
+        x = start(self.student.schedule, noise, self.config.sigmas[0])
+        made = self.student(x, self.level(0, x), batch.cond)
+        return terms | {"regression": self.config.regression_weight * self.distance(made, latents, batch, rng)}
