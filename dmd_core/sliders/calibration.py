@@ -1,0 +1,232 @@
+"""Strength 1 is made to mean one standard deviation; then the range, side effects and sums of sliders are measured.
+
+The unit is found on one set of seeds, everything reported is measured on another. Training alone fixes no unit: with
+the same steps the effect at +1 varied 80-fold with rank, initialisation and layers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapters import Adapted, AdapterBank
+from ..objectives.sliding import at, count, pick
+from .directions import ALIKE, principal
+from .instant import Joining
+from .pool import Sampling, embedded
+
+Measure = Callable[[Mapping[str, float], Sequence[int]], Tensor]  # strengths, seeds -> features [n d]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Features of the pictures that given seeds make at given strengths; sliders join at noise level `below`."""
+
+    model: Adapted
+    sampling: Sampling
+    cond: Any
+    embed: Callable[[Tensor], Tensor]
+    below: float = inf
+    device: Any = "cpu"
+
+    def __call__(self, strengths: Mapping[str, float], seeds: Sequence[int]) -> Tensor:
+        return embedded(self.embed, self.latents(strengths, seeds), self.sampling.batch)
+
+    def latents(self, strengths: Mapping[str, float], seeds: Sequence[int]) -> Tensor:
+        model = Joining(self.model, at(self.model, **strengths), self.below)
+        # a prompt belongs to a seed, so that every strength sees the same pairs
+        index = torch.tensor(seeds) % count(self.cond)
+        return self.sampling(model, pick(self.cond, index), seeds, self.device)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a slider shall move, in units of the frozen model's own spread, and what it shall leave alone.
+
+    vector: unit [d]; others: unit vectors [k d] orthogonal to it, the pool's other principal directions.
+    """
+
+    vector: Tensor
+    sd: float
+    others: Tensor
+    other_sds: Tensor
+
+    def along(self, moved: Tensor) -> Tensor:
+        """[n d] -> [n] standard deviations"""
+        return moved @ self.vector / self.sd
+
+    def drift(self, moved: Tensor) -> float:
+        """Largest mean displacement along any other direction, in that direction's standard deviations."""
+        if len(self.others) == 0:
+            return 0.0
+        return ((moved @ self.others.T).mean(0) / self.other_sds).abs().max().item()
+
+
+def axis_along(vector: Tensor, pool: Tensor, share: float = 0.01, most: int = 16) -> Axis:
+    """An axis through a pool's features [n d]; other directions count if they hold `share` of the variance."""
+    if float(vector.norm()) == 0:
+        raise ValueError("the direction to measure along has no length; the two ends of the slider look the same")
+    vector = F.normalize(vector.double(), dim=0)
+    centred = pool.double() - pool.double().mean(0)
+    along = centred @ vector
+    sd = along.std().item()
+    if sd <= ALIKE * pool.double().norm(dim=1).mean().item():
+        raise ValueError(
+            f"the {len(pool)} pictures of the pool do not differ along this slider, so it has no unit; "
+            "use a neutral prompt that leaves open what the slider changes, or more seeds"
+        )
+    vectors, sds = principal(centred - along[:, None] * vector)
+    kept = (sds.square() >= share * centred.square().sum() / (len(pool) - 1)).nonzero()[:most, 0]
+    return Axis(vector.float(), sd, vectors[kept].float(), sds[kept].float())
+
+
+def axis_between(positive: Tensor, negative: Tensor, pool: Tensor) -> Axis:
+    """The axis that words ask for: features of the frozen model's pictures of both ends, same seeds. [n d] each"""
+    return axis_along((positive - negative).mean(0), pool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    seeds: int = 16  # to find the unit with
+    held_out: int = 16  # to measure on
+    first_seed: int = 1_000_000  # far from those of pools
+    multiples: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)  # of the unit, both signs
+    most: float = 16.0  # largest raw strength that is tried
+    max_drift: float = 1.0  # standard deviations of any other direction, inside the usable range
+    rise: float = 0.25  # the response must still grow by this share of its growth around 0
+    nothing: float = 0.05  # standard deviations at the best strength: less is no effect
+
+
+@dataclass(frozen=True)
+class Point:
+    """One strength of the sweep: mean response and its spread over seeds, largest drift; in standard deviations."""
+
+    strength: float
+    response: float
+    spread: float
+    drift: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """unit: the trained strength that became 1; usable: strengths; monotony: mean per-seed Spearman inside `usable`."""
+
+    unit: float
+    points: tuple[Point, ...]
+    usable: tuple[float, float]
+    monotony: float
+    verdict: str
+
+    def point(self, strength: float) -> Point:
+        return next(p for p in self.points if p.strength == strength)
+
+
+def calibrate(measure: Measure, name: str, axis: Axis, config: CalibrationConfig) -> Calibration:
+    """Sweeps one slider; does not change it (see bake). Deterministic: the same seeds at every strength."""
+    first, last = config.first_seed, config.first_seed + config.seeds
+    unit, reached = find_unit(measure, name, axis, range(first, last), config)
+    seeds = range(last, last + config.held_out)
+    base = measure({}, seeds)
+    multiples = sorted({s * m for m in config.multiples for s in (-1.0, 1.0)})
+    moved = {m: measure({name: m * unit}, seeds) - base for m in multiples}
+    moved = dict(sorted({**moved, 0.0: torch.zeros_like(base)}.items()))
+    along = {m: axis.along(d) for m, d in moved.items()}
+    points = tuple(Point(m, along[m].mean().item(), along[m].std().item(), axis.drift(d)) for m, d in moved.items())
+    usable = usable_range(points, config)
+    inside = [m for m in along if usable[0] <= m <= usable[1]]
+    monotony = per_seed_spearman(inside, torch.stack([along[m] for m in inside])) if len(inside) > 2 else 0.0
+    return Calibration(unit, points, usable, monotony, verdict(reached, points, usable, config))
+
+
+def find_unit(
+    measure: Measure, name: str, axis: Axis, seeds: Sequence[int], config: CalibrationConfig
+) -> tuple[float, float]:
+    """The raw strength at which both poles together respond by one standard deviation, and that response.
+
+    A slider that never gets there keeps the strength of its largest response.
+    """
+    seen = {0.0: 0.0}
+
+    def respond(strength: float) -> float:
+        both = measure({name: strength}, seeds) - measure({name: -strength}, seeds)
+        seen[strength] = axis.along(both).mean().item() / 2
+        return seen[strength]
+
+    strength = 1.0
+    while (
+        respond(strength) < 1 and 2 * strength <= config.most and seen[strength] > 1.05 * seen.get(strength / 2, -inf)
+    ):
+        strength *= 2
+    if seen[strength] < 1:
+        best = max(seen, key=lambda k: seen[k])
+        return (best or 1.0), seen[best]
+    for _ in range(4):
+        high = min(s for s, r in seen.items() if r >= 1)
+        low = max(s for s, r in seen.items() if s < high and r < 1)
+        guess = low + (1 - seen[low]) / (seen[high] - seen[low]) * (high - low)
+        if abs(respond(guess) - 1) < 0.03:
+            break
+    best = min(seen, key=lambda k: abs(seen[k] - 1))
+    return best, seen[best]
+
+
+def usable_range(points: Sequence[Point], config: CalibrationConfig) -> tuple[float, float]:
+    """How far from 0 the response keeps rising and nothing else moves too much."""
+    by = {p.strength: p for p in points}
+    near = min(s for s in by if s > 0)
+    slope = (by[near].response - by[-near].response) / (2 * near)
+
+    def reach(strengths: list[float]) -> float:
+        last = 0.0
+        for s in strengths:
+            rises = (by[s].response - by[last].response) / (s - last) >= config.rise * slope
+            if slope <= 0 or not rises or by[s].drift > config.max_drift:
+                break
+            last = s
+        return last
+
+    return reach(sorted((s for s in by if s < 0), reverse=True)), reach(sorted(s for s in by if s > 0))
+
+
+def verdict(reached: float, points: Sequence[Point], usable: tuple[float, float], config: CalibrationConfig) -> str:
+    """works, or in a word what is wrong."""
+    one = next(p for p in points if p.strength == 1)
+    error = one.spread / config.held_out**0.5
+    if reached < config.nothing or one.response < 2 * error:
+        return "nothing"
+    if usable[0] > -0.5 or usable[1] < 0.5:
+        return "drifts"
+    return "works" if reached > 0.75 else "weak"
+
+
+def per_seed_spearman(strengths: Sequence[float], values: Tensor) -> float:
+    """Mean over seeds of the rank correlation between strength and response. values: [strengths seeds]"""
+    ranks = values.argsort(0).argsort(0).double()
+    order = torch.tensor(strengths, dtype=torch.float64).argsort().argsort().double()[:, None]
+    ranks, order = ranks - ranks.mean(0), order - order.mean(0)
+    return ((ranks * order).sum(0) / (ranks.norm(dim=0) * order.norm(dim=0))).mean().item()
+
+
+def additivity(
+    measure: Measure, axes: Mapping[str, Axis], seeds: Sequence[int], strength: float = 0.5
+) -> dict[str, float]:
+    """How far all sliders together are from the sum of each alone, along each one's axis, in standard deviations."""
+    errors = dict.fromkeys(axes, 0.0)
+    base = measure({}, seeds)
+    for s in (strength, -strength):
+        alone = sum((measure({n: s}, seeds) - base for n in axes), torch.zeros_like(base))
+        together = measure(dict.fromkeys(axes, s), seeds) - base
+        for name, axis in axes.items():
+            errors[name] = max(errors[name], axis.along(together - alone).mean().abs().item())
+    return errors
+
+
+@torch.no_grad()
+def bake(bank: AdapterBank, name: str, unit: float) -> None:
+    """Strength 1 from now on is what `unit` was; all of it goes into `up`, so that alpha stays the rank."""
+    for adapter in bank.sets[name].values():
+        adapter.up.mul_(unit)

@@ -1,0 +1,84 @@
+"""What is known about a slider, as it travels in its file's metadata."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .calibration import Calibration, Point
+
+KEY = "dmd_slider"
+VERSION = 1
+KINDS = ("text", "image pairs", "discovered")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliderCard:
+    """Strengths are those of the file (1 = one standard deviation); responses and drifts are standard deviations."""
+
+    kind: str
+    name: str
+    prompts: Mapping[str, Any]
+    encoder: str  # what looked at the pictures
+    base: str
+    base_hash: str
+    rank: int
+    layers: str
+    unit: float
+    usable: tuple[float, float]
+    points: tuple[Point, ...]
+    monotony: float
+    verdict: str
+    ends: tuple[str, str] | None = None  # plus, minus
+    explained: float | None = None  # share of the pool's variance, discovered ones
+    stability: float | None = None  # split-half |cos|, discovered ones
+    additivity: float | None = None  # error in a mix at +-0.5
+    training: Mapping[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"slider kind {self.kind!r} is not known; use one of {', '.join(map(repr, KINDS))}")
+
+    @property
+    def warning(self) -> str:
+        """What a person must know before saving or using it; empty when all is well."""
+        texts = {
+            "works": "",
+            "nothing": f"{self.name} does not move what it should; train it longer or on more layers",
+            "drifts": f"{self.name} moves other things too much; its usable range is {describe(self.usable)}",
+            "weak": f"{self.name} is weak: it never moves its direction by a whole standard deviation",
+        }
+        return texts[self.verdict]
+
+    def metadata(self) -> dict[str, str]:
+        return {KEY: json.dumps(asdict(self), ensure_ascii=False)}
+
+
+def card(calibration: Calibration, **facts: Any) -> SliderCard:
+    """facts: kind, name, prompts, encoder, base, base_hash, rank, layers, and what else is known."""
+    c = calibration
+    measured: dict[str, Any] = {"unit": c.unit, "usable": c.usable, "points": c.points}
+    measured |= {"monotony": c.monotony, "verdict": c.verdict}
+    return SliderCard(**measured, **facts)
+
+
+def from_metadata(metadata: Mapping[str, str]) -> SliderCard | None:
+    """None for files of other makers: they work, but nothing is known of their unit and range."""
+    if KEY not in metadata:
+        return None
+    try:
+        known = {f.name for f in fields(SliderCard)}
+        # a newer version may know more; what it adds is left out
+        found = {k: v for k, v in json.loads(metadata[KEY]).items() if k in known}
+        found |= {"points": tuple(Point(**p) for p in found["points"]), "usable": tuple(found["usable"])}
+        found["ends"] = tuple(found["ends"]) if found.get("ends") else None
+        return SliderCard(**found)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"this file says that it is a slider of this pack, but its card cannot be read ({error}); save it again"
+        ) from error
+
+
+def describe(usable: tuple[float, float]) -> str:
+    return f"{usable[0]:+g} to {usable[1]:+g}"
