@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Targets
+from ..adapters import Targets, is_linear
 from ..denoiser import Prediction
 from ..schedule import Discrete, Flow, Schedule, shift_time
 from .names import Names, layer_path
@@ -99,7 +99,7 @@ class Family:
         pattern, without = self._pattern(preset)
 
         def is_target(name: str, module: nn.Module) -> bool:
-            if not isinstance(module, (nn.Linear, nn.Conv2d)) or getattr(module, "groups", 1) != 1:
+            if not (is_linear(module) or isinstance(module, nn.Conv2d)) or getattr(module, "groups", 1) != 1:
                 return False
             path = layer_path(name)
             return bool(pattern.fullmatch(path)) and not (without and without.fullmatch(path))

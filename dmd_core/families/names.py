@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 # what loaders, trainers and compilers put in front of a layer's own path
 PREFIXES = (
@@ -69,8 +69,8 @@ class Names:
 
     def __init__(self, source: "Source"):
         if isinstance(source, nn.Module):
-            source = {k: tuple(p.shape) for k, p in source.named_parameters()}
-        shapes: Mapping[str, Sequence[int] | None]
+            source = dict(source.named_parameters())
+        shapes: Mapping[str, Sequence[int] | Tensor | None]
         shapes = source if isinstance(source, Mapping) else dict.fromkeys(source, None)
         self.paths: set[str] = set()
         self.inputs: dict[str, int] = {}
@@ -81,6 +81,7 @@ class Names:
             layer, part = split_key(key)
             name = spelled(layer)
             self.paths.add(name)
+            shape = shape.shape if isinstance(shape, Tensor) else shape
             if shape is not None and len(shape) >= 2:
                 if part in ("down", "weight", ""):
                     self.inputs[name] = int(shape[1])
@@ -102,4 +103,4 @@ class Names:
         )
 
 
-Source = nn.Module | Mapping[str, Sequence[int]] | Iterable[str]
+Source = nn.Module | Mapping[str, Sequence[int]] | Mapping[str, Tensor] | Iterable[str]

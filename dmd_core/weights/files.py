@@ -42,8 +42,9 @@ def read_weights_header(path: str | os.PathLike[str]) -> Header:
     if not path.is_file():
         raise ValueError(f"no file at {path}; choose an existing {SUFFIX} file")
     with open(path, "rb") as file:
-        start = file.read(4)
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":
+        start = file.read(9)
+    # a header of 128 bytes begins like a pickle, one of 19280 like a zip: its bracket tells them apart
+    if (start[:2] == b"PK" or start[:1] == b"\x80") and start[4:] != b"\0\0\0\0{":
         raise ValueError(
             f"{path} is a PyTorch pickle; only {SUFFIX} files are accepted here. Load it in ComfyUI and save it again "
             f"as {SUFFIX}, or look for the {SUFFIX} version of the download"

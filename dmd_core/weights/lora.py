@@ -150,7 +150,8 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     modules: dict[str, tuple[Tensor, Tensor]] = {}
     with open_tensors(path) as get:
         for layer, parts in halves.items():
-            down, up = get(parts["down"]).float(), get(parts["up"]).float()
+            # copies: the tensors of an open file are the file, and would change or die with it
+            down, up = (get(parts[half]).to(torch.float32, copy=True) for half in ("down", "up"))
             rank = down.shape[0] if down.ndim >= 2 else 0
             if up.ndim < 2 or up.shape[1] != rank or rank == 0:
                 raise ValueError(
