@@ -520,6 +520,14 @@ def test_what_is_not_on_disk_is_refused(where, tmp_path):
         backend.load(folder)
 
 
+def test_missing_libraries_are_named(monkeypatch, where):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformers", None)  # what import sees of a package that is not there
+    with refused("diffusers and transformers are needed", "pip install"):
+        backend.load(tiny.save("sd15", where))
+
+
 def test_wrong_types_are_refused(where):
     with refused("int8", "float32", "bfloat16"):
         backend.load(tiny.save("sd15", where), dtype=torch.int8)

@@ -41,6 +41,7 @@ def load(
     file names (fp16); found by itself where only one kind is there. size: pixels, for shifts that depend on it.
     """
     path = Path(path)
+    need_libraries()
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(str(d) for d in DTYPES)}")
     if path.is_dir():
@@ -55,6 +56,17 @@ def load(
     return bundle(pipe, kind, torch.device(device), dtype, size)
 
 
+def need_libraries() -> None:
+    try:
+        import diffusers  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:  # their pins often clash with other packs'
+        raise ValueError(
+            f"diffusers and transformers are needed here and cannot be imported ({error}); "
+            "run `pip install -U diffusers transformers`. Nodes inside ComfyUI work without them"
+        ) from error
+
+
 def bundle(pipe: Any, kind: Kind, device: torch.device, dtype: torch.dtype, size: int | None) -> Bundle:
     net = getattr(pipe, kind.net).requires_grad_(False).eval().to(device)
     refuse_other_networks(net, kind)
@@ -64,7 +76,7 @@ def bundle(pipe: Any, kind: Kind, device: torch.device, dtype: torch.dtype, size
     if pipe.vae is not None:
         pipe.vae.float()  # SDXL's overflows in fp16, and none is large
     schedule, prediction = schedule_of(pipe.scheduler, kind, size or native_size(net, pipe.vae_scale_factor))
-    family = "sd21" if kind is SD and net.config.cross_attention_dim == 1024 else kind.family
+    family = "sd2" if kind is SD and net.config.cross_attention_dim == 1024 else kind.family
     denoiser = NetDenoiser(partial(kind.call, net), schedule, prediction, dtype)
     return Bundle(family=family, net=net, denoiser=denoiser, kind=kind, pipeline=pipe, device=device)
 
@@ -274,7 +286,8 @@ def flux_net(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) ->
     """diffusers' network from a state dict in the original Flux layout, of any width and depth."""
     import diffusers
 
-    net: Any = diffusers.FluxTransformer2DModel(**flux_config(state))
+    with torch.device("meta"):  # no memory and no random numbers for what the file replaces
+        net: Any = diffusers.FluxTransformer2DModel(**flux_config(state))
     net.load_state_dict({k: v.to(dtype) for k, v in flux_state(state).items()}, assign=True)
     return net.to(dtype).eval().requires_grad_(False)
 
@@ -301,6 +314,8 @@ def explained(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise  # one of ours, already complete
+        if isinstance(error, ImportError):
+            raise ValueError(f"{path} needs a package that is not installed: {error}") from error
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{path} could not be loaded ({type(error).__name__}: {reason}); whole .safetensors files and their JSON "
