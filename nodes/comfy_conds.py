@@ -8,6 +8,7 @@ from torch import Tensor
 from ..dmd_core.conditioning import Cond
 
 TOKENS = "tokens"  # how many of the (padded) tokens belong to a sample
+MASK = "attention_mask"  # [b n], as long as the tokens
 SKIPPED = ("model_conds", "uuid", "hooks_clip", "clip_start_percent", "clip_end_percent")
 
 
@@ -29,7 +30,7 @@ def cond_from(entry: Any) -> Cond:
     pooled = None
     extras: dict[str, Tensor] = {TOKENS: torch.full((n,), cross.shape[1])}
     for key, value in options.items():
-        if value is None or key in SKIPPED or (key == "attention_mask" and bool(value.all())):
+        if value is None or key in SKIPPED:
             continue
         if key == "pooled_output":
             pooled = own(value)
@@ -73,4 +74,6 @@ def conditioning_from(cond: Cond) -> list[Any]:
     if cond.pooled is not None:
         options["pooled_output"] = cond.pooled
     tokens = int(cond.extras[TOKENS][0]) if TOKENS in cond.extras else cond.cross.shape[1]
+    if MASK in options:
+        options[MASK] = options[MASK][:, :tokens]
     return [[cond.cross[:, :tokens], options]]

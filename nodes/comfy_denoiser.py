@@ -10,8 +10,7 @@ the `with` the MODEL is as it was, to the bit.
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import comfy.model_management as mm
@@ -148,7 +147,7 @@ class ComfyDenoiser:
     def _recompute_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Backward runs outside of the call, so a recompute sets up again what the call had set up."""
         forward, mix = self.bank.checkpoint_contexts()
-        return forward, both(mix, KeepNormInputs())
+        return forward, Recompute(mix)
 
     def latent_in(self, samples: Tensor) -> Tensor:
         """LATENT samples (what a VAE gives) -> the network's space; a frame axis is added where the family has one."""
@@ -199,10 +198,21 @@ def single(conditioning: Any) -> Cond:
     return cond_from(conditioning[0])
 
 
-@contextmanager
-def both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
-    with first, second:
-        yield
+class Recompute(AbstractContextManager[None]):
+    """The forward's adapter mix and kept norm inputs; entered once per backward, which retain_graph allows again."""
+
+    def __init__(self, mix: AbstractContextManager[Any]):
+        self.mix = mix
+        self.stacks: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(self.mix)
+            stack.enter_context(KeepNormInputs())
+            self.stacks.append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> None:
+        self.stacks.pop().close()
 
 
 def latent_shapes(x: Tensor) -> dict[str, Any]:
