@@ -1,0 +1,86 @@
+"""python -m dmd_core.shapes.build: makes every weight of the shapes world again, in order, with fixed seeds."""
+
+import argparse
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import shapes
+from ..trainstate import TrainState, save_atomic
+from . import autoencoder, stages
+
+# name: (steps, seed), in the order in which each needs the ones before
+STAGES = {"autoencoder": (3850, 11), "recogniser": (4200, 12), "text": (1500, 13), "teacher": (12000, 14)}
+log = logging.getLogger(__name__)
+
+
+def path(out: Path, default: Path) -> Path:
+    return out / default.name
+
+
+def save(state: Mapping[str, Tensor], file: Path, title: str, steps: int, seed: int) -> None:
+    metadata = {
+        "modelspec.title": title,
+        "modelspec.license": "Apache-2.0",
+        "modelspec.description": "ComfyUI-DMD shapes world; python -m dmd_core.shapes.build",
+        "shapes.training": json.dumps({"steps": steps, "seed": seed}),
+    }
+    save_atomic({k: v.detach().half().contiguous() for k, v in state.items()}, file, metadata)
+    log.info("wrote %s", file)
+
+
+def build_autoencoder(out: Path, steps: int, seed: int) -> None:
+    model = stages.train_autoencoder(steps, seed)
+    save(autoencoder.full_state(model), path(out, shapes.AUTOENCODER), "Shapes autoencoder", steps, seed)
+
+
+def build_recogniser(out: Path, steps: int, seed: int) -> None:
+    model = stages.train_recogniser(shapes.load_autoencoder(path(out, shapes.AUTOENCODER)), steps, seed)
+    save(model.state_dict(), path(out, shapes.RECOGNISER), "Shapes recogniser", steps, seed)
+
+
+def build_text(out: Path, steps: int, seed: int) -> None:
+    model = stages.train_text_encoder(steps, seed)
+    save(model.state_dict(), path(out, shapes.TEXT_ENCODER), "Shapes text encoder", steps, seed)
+
+
+def build_teacher(out: Path, steps: int, seed: int) -> None:
+    saved = out / "teacher_run" / "state.safetensors"
+
+    def keep(state: TrainState) -> None:
+        save(state.ema["student"], path(out, shapes.TEACHER), "Shapes teacher (Flux-schnell layout)", state.step, seed)
+        state.save(saved)
+
+    vae = shapes.load_autoencoder(path(out, shapes.AUTOENCODER))
+    encoder = shapes.load_text_encoder(path(out, shapes.TEXT_ENCODER))
+    stages.train_teacher(vae, encoder, steps, seed, keep, saved)
+
+
+BUILDERS = dict(zip(STAGES, (build_autoencoder, build_recogniser, build_text, build_teacher), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m dmd_core.shapes.build", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=shapes.WEIGHTS, help="where the weights go and earlier ones are read"
+    )
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--steps", type=int, help="instead of the stage's own (for a quick look)")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(args.threads)
+    for name in STAGES:
+        if name in args.only:
+            steps, seed = STAGES[name]
+            steps = args.steps or steps
+            log.info("building the %s: %d steps, seed %d", name, steps, seed)
+            BUILDERS[name](args.out, steps, seed)
+
+
+if __name__ == "__main__":
+    main()
