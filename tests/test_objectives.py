@@ -1,14 +1,22 @@
 """DMD2: exact checks, then short runs on mixtures whose teacher is known in closed form."""
 
+import math
+from itertools import repeat
+
 import pytest
 import torch
-from oracle import Gaussian
+from oracle import Gaussian, ring
 from torch import Tensor, nn
+from toy import FOUR, MLP, ONE, copy_of, heads_on, named
 
 from dmd_core.data import Batch
 from dmd_core.denoiser import NetDenoiser, Prediction
 from dmd_core.objectives.dmd2 import DMD2, DMD2Config
+from dmd_core.objectives.generation import probe, probe_above
+from dmd_core.samplers import sample_restart
 from dmd_core.schedule import Discrete, Flow, expand
+from dmd_core.train import TrainConfig, train
+from dmd_core.trainstate import TrainState
 
 SDXL = Discrete.from_betas("scaled_linear", 0.00085, 0.012, 1000)
 SDXL_STEPS = (999, 749, 499, 249)
@@ -283,3 +291,312 @@ def test_a_flow_model_and_the_vp_model_it_equals_give_one_loss():
         loss = objective.student_terms(x, Batch(cond, tuple(x0.shape)), generator(4))["dmd"]
         values.append(torch.autograd.grad(loss, x)[0])
     assert relative(values[1], values[0]) < 1e-6
+
+
+# --- cost and bookkeeping --------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """Counts calls and remembers what it was asked; answers with a Gaussian's posterior mean."""
+
+    def __init__(self, schedule=None, mean: float = 0.0):
+        self.inner = Gaussian(schedule or Flow(), mean, 0.5)
+        self.schedule, self.conds, self.states, self.grads = self.inner.schedule, [], [], []
+        self.gain = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def __call__(self, x, sigma, cond):
+        self.conds.append(cond)
+        self.states.append((x.detach(), sigma.detach()))
+        self.grads.append(torch.is_grad_enabled())
+        return self.gain * self.inner(x, sigma)
+
+
+def counted(guidance: float, sigmas=(1.0, 0.75, 0.5, 0.25), **config):
+    models = teacher, student, critic = [Counted(mean=m) for m in (0.5, 0.0, 0.1)]
+    negative = torch.full((1, 1), -1.0)
+    settings = DMD2Config(sigmas=sigmas, guidance=guidance, **config)
+    return models, DMD2(teacher, student, critic, negative, {"g": student.gain}, {"g": critic.gain}, settings)
+
+
+def test_no_pass_is_wasted():
+    cond, batch = torch.ones(6, 1), Batch(torch.ones(6, 1), (6, 2))
+    for guidance, passes in ((1.0, 1), (3.0, 2)):
+        (teacher, student, critic), objective = counted(guidance)
+        objective.terms("student", batch, generator())
+        assert (len(teacher.conds), len(critic.conds)) == (passes, 1)
+        assert sum(student.grads) == 1  # only the last call of the rollout keeps a graph
+        calls = len(student.conds)
+        objective.terms("critic", batch, generator())
+        assert len(teacher.conds) == passes  # the critic's turn asks no teacher
+        assert not any(student.grads[calls:])
+    assert torch.equal(teacher.conds[0], cond)
+    assert teacher.conds[1].shape == (6, 1)
+    assert (teacher.conds[1] == -1).all()  # one negative serves the whole batch
+
+
+def test_one_step_is_all_critic_updates_then_the_student():
+    _, objective = counted(1.0, critic_updates=3)
+    assert objective.turns(0) == ("critic", "critic", "critic", "student")
+    reports = list(train(objective, repeat(Batch(None, (4, 2))), TrainConfig(steps=5)))
+    assert reports[-1].counters == {"critic": 15, "student": 5}
+
+
+def test_guidance_is_ksamplers_and_the_negative_is_what_it_leaves():
+    class Told:
+        schedule = Flow()
+
+        def __call__(self, x, sigma, cond):
+            return cond.expand_as(x)
+
+    told, zero = Told(), Gaussian(Flow(), 0.0, 0.5)
+    objective = dmd2(told, zero, zero, torch.full((1, 1), 2.0).double(), guidance=3.0)
+    at = probe(Flow(), torch.zeros(4, 1).double(), torch.full((4,), 0.5).double(), generator(), "native")
+    real, _ = objective.scores(at, torch.full((4, 1), 7.0).double())
+    assert (real == 2 + 3 * (7 - 2)).all()
+
+
+def test_student_sees_the_states_that_sampling_visits():
+    """Backward simulation and sample_restart give the same states from the same draws."""
+    for seed in range(8):
+        _, objective = counted(1.0)
+        x, k = objective.input(Batch(None, (5, 2)), generator(seed))
+        rng = generator(seed)
+        torch.randint(4, (1,), generator=rng)
+        noise = torch.randn(5, 2, generator=rng).double()
+        visited = Counted()
+        sample_restart(visited, noise, torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]).double(), None, rng)
+        assert torch.equal(x, visited.states[k][0])
+
+
+def test_one_step_sdxl_sees_unit_noise_and_is_told_399():
+    told = []
+
+    def net(x, timestep, cond):
+        told.append((x, timestep))
+        return x
+
+    model = NetDenoiser(net, SDXL, Prediction.EPS)
+    objective = dmd2(model, model, model, sigmas=(SDXL.sigma(torch.tensor(399)).item(),))
+    objective.terms("critic", Batch(None, (64, 4, 8, 8)), generator())
+    x, timestep = told[0]
+    assert (timestep == 399).all()
+    assert x.std().item() == pytest.approx(1.0, abs=0.02)  # sigma alone would give 0.76
+
+
+def test_noised_data_start_leaks_no_signal_at_the_first_level():
+    latents = torch.full((4, 2), 100.0).double()
+    (_, student, _), objective = counted(1.0, backward_simulation=False)
+    seen = {}
+    for seed in range(12):
+        x, k = objective.input(Batch(None, (4, 2), latents), generator(seed))
+        seen[k] = x.abs().max().item()
+    assert set(seen) == {0, 1, 2, 3}
+    assert seen[0] < 10 < min(seen[1], seen[2], seen[3])
+    assert not student.conds  # no rollout is paid for
+    with pytest.raises(ValueError, match="prompts alone"):
+        [objective.input(Batch(None, (4, 2)), generator(s)) for s in range(12)]
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"synchronise": 0.03}, {"trajectory": True}], ids=["plain", "sync", "trajectory"]
+)
+def test_resume_repeats_an_uninterrupted_run_to_the_bit(option, tmp_path):
+    def fresh():
+        base = NetDenoiser(MLP(16), Flow(), Prediction.FLOW)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            for p in base.net.parameters():
+                nn.init.normal_(p, std=0.2)
+        models = [copy_of(base) for _ in range(2)]
+        config = DMD2Config(sigmas=FOUR, guidance=1.0, critic_updates=2, student_lr=1e-3, critic_lr=1e-3, **option)
+        return DMD2(ring(Flow()), *models, None, named(models[0]), named(models[1]), config)
+
+    config, batch = TrainConfig(steps=6), repeat(Batch(None, (8, 2)))
+    whole, first, second = fresh(), fresh(), fresh()
+    for _ in train(whole, batch, config):
+        pass
+    state = TrainState(first, config)
+    for report in train(first, batch, config, state):
+        if report.step == 3:
+            state.save(tmp_path / "state.safetensors")
+            break
+    state = TrainState(second, config)
+    state.load(tmp_path / "state.safetensors")
+    for _ in train(second, batch, config, state):
+        pass
+    for player in whole.players:
+        for key, p in whole.players[player].params.items():
+            assert torch.equal(p, second.players[player].params[key])
+            assert not torch.equal(p, first.players[player].params[key])  # control: three steps do change it
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+class Says:
+    """An x0 that is the prompt itself, or a constant."""
+
+    schedule = Flow()
+
+    def __init__(self, value: float | None = None):
+        self.value = value
+
+    def __call__(self, x, sigma, cond):
+        return cond.to(x).expand_as(x) if self.value is None else torch.full_like(x, self.value)
+
+
+def option_gradient(discriminator=None, **config) -> Tensor:
+    """Gradient times numel at x0 = 0: the teacher says 1, its negative 0, so guidance 3 makes 3; the critic says 5."""
+    settings = DMD2Config(sigmas=ONE, guidance=3.0, floor=1e3, **config)
+    objective = DMD2(Says(), Says(0.0), Says(5.0), torch.zeros(1, 1), only(), only(), settings, discriminator)
+    x0 = torch.zeros(4, 1, dtype=torch.float64, requires_grad=True)
+    batch = Batch(torch.ones(4, 1), (4, 1), torch.zeros(4, 1))
+    loss = objective.student_terms(x0, batch, generator())["dmd"]
+    return torch.autograd.grad(loss, x0)[0][:, 0] * 4 * 1e3
+
+
+def test_guidance_and_matching_have_their_own_weights():
+    def all_equal(gradient: Tensor, value: float) -> None:
+        torch.testing.assert_close(gradient, torch.full_like(gradient, value))
+
+    all_equal(option_gradient(), 5 - 3)
+    all_equal(option_gradient(matching_weight=0.5, guidance_weight=0.25), 0.5 * (5 - 1) - 0.25 * 2)
+    all_equal(option_gradient(guidance_weight=0.0), 5 - 1)
+    all_equal(option_gradient(matching_weight=0.0), -2)
+
+
+class Logits:
+    """A discriminator whose logits are given; counts how often it is asked."""
+
+    parameters = {"w": nn.Parameter(torch.ones(1, dtype=torch.float64))}
+
+    def __init__(self, logits: Tensor):
+        self.logits, self.asked = logits.double(), 0
+
+    def __call__(self, x, sigma, cond):
+        self.asked += 1
+        return [self.logits[:, None] * self.parameters["w"] + 0 * x]
+
+
+@pytest.mark.parametrize(
+    ("name", "h"),
+    [
+        ("rkl", lambda r: r**0),
+        ("kl", lambda r: r),
+        ("js", lambda r: r / (1 + r)),
+        ("softened_rkl", lambda r: 1 / (1 + r)),
+        ("hellinger", lambda r: r**0.5),
+    ],
+)
+def test_f_divergence_weighs_samples_by_their_density_ratio(name, h):
+    logits = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    gradient = option_gradient(Logits(logits), divergence=name, gan_weight=0.1)
+    weight = h(logits.double().exp())
+    torch.testing.assert_close(gradient, 2 * weight / weight.mean())
+
+
+def test_gan_off_runs_no_heads_and_gan_on_adds_its_weighted_terms():
+    latents, heads = torch.zeros(4, 1), Logits(torch.zeros(4))
+    for weight, players in ((0.0, ["p"]), (0.5, ["p", "head.w"])):
+        settings = DMD2Config(sigmas=ONE, guidance=1.0, gan_weight=weight, gan_critic_weight=0.2)
+        objective = DMD2(Says(1.0), Says(0.0), Says(5.0), None, only(), only(), settings, heads)
+        assert list(objective.players["critic"].params) == players
+        batch = Batch(None, (4, 1), latents)
+        student, critic = (objective.terms(p, batch, generator()) for p in ("student", "critic"))
+        if not weight:
+            assert heads.asked == 0
+            assert (list(student), list(critic)) == (["dmd"], ["denoise"])
+    assert heads.asked == 3  # student: generated; critic: real and generated
+    # logit 0: softplus(0) = log 2, on each side
+    assert student["gan"].item() == pytest.approx(0.5 * math.log(2))
+    assert critic["gan"].item() == pytest.approx(0.2 * 2 * math.log(2))
+    with pytest.raises(ValueError, match="needs latents"):
+        objective.terms("critic", Batch(None, (4, 1)), generator())
+
+
+def test_gan_gradient_reaches_student_and_critic_backbone_through_features():
+    base = learned_shape()
+    student, critic = copy_of(base), copy_of(base)
+    heads = heads_on(critic)
+    settings = DMD2Config(sigmas=ONE, guidance=1.0, gan_weight=1.0, gan_critic_weight=1.0)
+    objective = DMD2(ring(Flow()), student, critic, None, named(student), named(critic), settings, heads)
+    batch = Batch(None, (8, 2), torch.randn(8, 2, generator=generator()))
+    gan = objective.terms("student", batch, generator())["gan"]
+    assert max(g.abs().max() for g in torch.autograd.grad(gan, list(named(student).values()))) > 0
+    gan = objective.terms("critic", batch, generator())["gan"]
+    # the first block feeds every feature; the output layer none
+    first, last = torch.autograd.grad(gan, [critic.net.blocks[0][0].weight, critic.net.out.weight], allow_unused=True)
+    assert first.abs().max() > 0
+    assert last is None
+
+
+def learned_shape() -> NetDenoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return NetDenoiser(MLP(16), Flow(), Prediction.FLOW)
+
+
+def test_synchronise_moves_the_critic_towards_the_student_after_its_update():
+    a, b = {"w": nn.Parameter(torch.ones(3))}, {"w": nn.Parameter(torch.zeros(3))}
+    settings = DMD2Config(sigmas=ONE, guidance=1.0, synchronise=0.03)
+    objective = DMD2(Says(1.0), Says(0.0), Says(5.0), None, a, b, settings)
+    objective.updated("critic")
+    assert (b["w"] == 0).all()
+    objective.updated("student")
+    torch.testing.assert_close(b["w"].detach(), torch.full((3,), 0.03))
+    with pytest.raises(ValueError, match="same layers and rank"):
+        DMD2(Says(1.0), Says(0.0), Says(5.0), None, a, {"w": nn.Parameter(torch.zeros(4))}, settings)
+
+
+@pytest.mark.parametrize("schedule", [SDXL, Flow()], ids=["vp", "flow"])
+@pytest.mark.parametrize(("below", "above"), [(0.3, 0.7), (0.0, 0.3)])
+def test_trajectory_states_and_targets_are_those_of_the_score(schedule, below, above):
+    """A Gaussian trajectory state noised further is Gaussian; its critic must predict x0 = (x + b^2 score) / a."""
+    n, std = 400_000, 0.8
+    state = std * torch.randn(n, 1, generator=generator(1), dtype=torch.float64)
+
+    at = probe_above(schedule, state, below, above, generator())
+    a, b = schedule.coeffs(at.sigma)
+    a_below, b_below = schedule.coeffs(torch.tensor(below).double())
+    r, r_below = b / a, b_below / a_below
+    variance = a**2 * (std**2 / a_below**2 + r**2 - r_below**2)
+    scaled = at.x[:, 0] / variance.sqrt()
+    assert scaled.mean().item() == pytest.approx(0, abs=4 / n**0.5)
+    assert scaled.var().item() == pytest.approx(1, abs=6 / n**0.5)
+    # the weighted regression of the target on x, restricted to the truth's direction, has slope 1
+    truth = at.x[:, 0] * (1 - b**2 / variance) / a
+    residual, w = at.target[:, 0] - truth, at.weight
+    moment = w * residual * scaled
+    assert abs(moment.mean()) < 4 * moment.std() / n**0.5
+    wrong = w * (at.target[:, 0] - 1.2 * truth) * scaled
+    assert abs(wrong.mean()) > 8 * wrong.std() / n**0.5  # control
+    low, high = sorted((below, above))
+    assert at.sigma.min() > low
+    assert at.sigma.max() < high
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigmas": ()}, "falling values"),
+        ({"sigmas": (0.5, 0.75)}, "falling values"),
+        ({"sigmas": (1.0, 0.0)}, "without the final 0"),
+        ({"sigmas": (14.6,)}, "up to 1"),
+        ({"guidance": 4.0}, "negative"),
+        ({"critic_updates": 0}, "needs a critic"),
+        ({"gan_weight": 0.1}, "needs a discriminator"),
+        ({"divergence": "js"}, "turn the GAN on"),
+        ({"divergence": "chi2"}, "'softened_rkl'"),
+        ({"trajectory": True, "backward_simulation": False}, "backward_simulation"),
+    ],
+)
+def test_impossible_settings_are_refused_in_words(change, message):
+    real = Gaussian(Flow(), 0.0, 0.5)
+    with pytest.raises(ValueError, match=message):
+        dmd2(real, real, real, **change)
+
+
+def test_an_unknown_critic_weight_is_named():
+    real = Gaussian(Flow(), 0.0, 0.5)
+    with pytest.raises(ValueError, match=r"'snr'.*'min_snr'"):
+        dmd2(real, real, real, critic_weight="snr").terms("critic", Batch(None, (2, 2)), generator())
