@@ -8,7 +8,7 @@ import diffusers_tiny as tiny
 import pytest
 import torch
 
-from dmd_core import samplers
+from dmd_core import samplers, shapes
 from dmd_core.adapters import AdapterBank
 from dmd_core.backends import diffusers as backend
 from dmd_core.backends import flux_keys
@@ -335,7 +335,20 @@ def save(state, path):
     return path
 
 
-def test_the_shapes_teacher_is_the_same_network_in_diffusers(tmp_path):
+def test_the_embedded_teacher_is_the_same_network_in_diffusers():
+    if not shapes.TEACHER.exists():
+        pytest.skip("no teacher weights in this checkout")
+    from safetensors.torch import load_file
+
+    ours, bundle = teacher.from_state(load_file(str(shapes.TEACHER))), backend.load(shapes.TEACHER)
+    rng = torch.Generator().manual_seed(1)
+    cond = Cond(torch.randn(2, 5, teacher.TEXT, generator=rng), torch.randn(2, teacher.POOLED, generator=rng))
+    x, sigma = torch.randn(2, 16, 16, 16, generator=rng), torch.tensor([0.9, 0.3])
+    with torch.no_grad():
+        assert contract.relative(bundle.denoiser(x, sigma, cond), teacher.denoiser(ours)(x, sigma, cond)) < 1e-4
+
+
+def test_any_shapes_teacher_is_the_same_network_in_diffusers(tmp_path):
     torch.manual_seed(0)
     ours = teacher.Teacher().eval().requires_grad_(False)
     bundle = backend.load(save(ours.state_dict(), tmp_path / "teacher.safetensors"))
@@ -569,6 +582,8 @@ def test_single_files_that_cannot_be_read_are_refused(where, loaded, tmp_path):
         backend.load(file)
     with refused("unet.safetensors", "could not be loaded"):
         backend.load(file, config=tiny.save("sdxl", where))  # another family's
+    with refused("no single files of pixart", "folder"):
+        backend.load(file, config=tiny.save("pixart_sigma", where))
     with refused("nowhere", "model_index.json"):
         backend.load(file, config=tmp_path / "nowhere")
     with refused("no.yaml", "is no file"):

@@ -19,8 +19,10 @@ PROMPTS_AT_ONCE = 16  # a T5 batch this large stays near 1 GB of activations
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)  # a network's repr fills screens
 class Bundle:
+    """Frozen weights; train adapters on `net` (AdapterBank) or on a deepcopy of it."""
+
     family: str
     net: Any  # diffusers' module, frozen and in eval mode
     denoiser: NetDenoiser

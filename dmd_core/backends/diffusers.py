@@ -222,9 +222,11 @@ def load_with_config(path: Path, dtype: torch.dtype, folder: Path, shapes: Mappi
     index, kind = read_index(folder)
     options = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype}
     parts: dict[str, Any] = {n: None for n in NO_SCREENING if n in index}
+    net = getattr(diffusers, index[kind.net][1])
+    if not hasattr(net, "from_single_file"):
+        raise ValueError(f"{path}: diffusers reads no single files of {kind.family}; give its diffusers folder instead")
     with offline(), explained(path):
-        net = getattr(diffusers, index[kind.net][1])
-        if is_native_flux(shapes):
+        if kind is FLUX and is_native_flux(shapes):
             parts[kind.net] = flux_net(read_state(path), dtype)
         else:
             parts[kind.net] = net.from_single_file(str(path), subfolder=kind.net, **options)
