@@ -18,11 +18,14 @@ from .conditioning import Cond
 from .curves import curves
 from .data import Prompts
 from .denoiser import Denoiser, Guided
+from .families import detect
 from .objectives.dmd2 import DMD2, DMD2Config
 from .samplers import sample_euler, sample_restart, start
 from .sheet import sheet
 from .train import Report, TrainConfig, train
-from .trainstate import TrainState, save_atomic
+from .trainstate import TrainState
+from .weights.lora import save_lora
+from .weights.recipe import Recipe
 
 LATENT = (16, 16, 16)  # of a picture of 128 pixels
 SIGMAS = {1: (1.0,), 4: (1.0, 0.75, 0.5, 0.25)}
@@ -200,7 +203,7 @@ def run_demo(out: Path, config: DemoConfig, device: torch.device, say: Callable[
         begin = runs[4].state if steps == 1 else None
         runs[steps] = distil(world, steps, updates, config, begin, bar.show)
         curves(runs[steps].losses, columns=2).save(out / f"curves_{steps}.png")
-        save_atomic(runs[steps].state, out / f"student_{steps}.state.safetensors", {"steps": str(steps)})
+        export(world, out, steps, runs[steps].state, config)
     say("sampling and judging")
     prompts = captions(config.num_judged, config.seed + 101)
     table, pictures = measure(world, runs, config, prompts)
@@ -215,6 +218,25 @@ def run_demo(out: Path, config: DemoConfig, device: torch.device, say: Callable[
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def export(world: World, folder: Path, steps: int, state: Mapping[str, Tensor], config: DemoConfig) -> Path:
+    """An ordinary LoRA file that says how it wants to be sampled."""
+    names = [n for n, _ in world.net.named_modules()]
+    family = detect(names)
+    recipe = Recipe(
+        family=family.name,
+        objective="dmd2",
+        steps=steps,
+        sigmas=(*SIGMAS[steps], 0.0),
+        trained_cfg=config.guidance,
+        prediction="flow",
+        shift=1.0,
+        base="shapes teacher",
+        rank=config.rank,
+        trained_on="captions of the shapes world",
+    )
+    return save_lora(folder, f"shapes_student_{steps}", state, names, family=family, recipe=recipe)
 
 
 def measure(

@@ -1,0 +1,134 @@
+"""Load Shapes in the real ComfyUI: stock CLIPTextEncode, KSampler and VAEDecode make pictures that read back right."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import comfy_host
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfy
+
+IMPORT = """
+import json, sys, time
+import comfy_host
+comfy_host.start_comfy()
+import comfy_api.latest, comfy.sd, comfy.samplers, comfy_extras.nodes_lcm, einops, PIL.Image, safetensors.torch
+before = set(sys.modules)
+began = time.process_time()
+pack = comfy_host.load_pack()
+seconds = time.process_time() - began
+new = set(sys.modules) - before
+import asyncio
+nodes = [n.GET_SCHEMA().node_id for n in asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())]
+heavy = sorted(new & {"diffusers", "transformers", "accelerate"})
+print(json.dumps({"seconds": seconds, "heavy": heavy, "nodes": nodes}))
+"""
+
+if not comfy_host.in_comfy():
+    needs_host = pytest.mark.skipif(comfy_host.missing() is not None, reason=str(comfy_host.missing()))
+
+    @needs_host
+    def test_the_shapes_world_runs_inside_comfyui():
+        comfy_host.run_tests_in_comfy(Path(__file__))
+
+    @needs_host
+    def test_the_pack_adds_little_to_the_start_and_imports_nothing_heavy(tmp_path):
+        script = tmp_path / "start.py"
+        script.write_text(IMPORT)
+        run = comfy_host.run_in_comfy([str(script)])
+        assert run.returncode == 0, run.stderr
+        found = json.loads(run.stdout.splitlines()[-1])
+        assert found["heavy"] == []
+        assert found["seconds"] < 0.3
+        assert "DMD_LoadShapes" in found["nodes"]
+
+    @needs_host
+    def test_comfyui_starts_with_the_pack_and_says_nothing_about_it(tmp_path):
+        """main.py itself, with the pack in a custom_nodes of its own."""
+        root = comfy_host.comfy_path()
+        (tmp_path / "custom_nodes").mkdir()
+        (tmp_path / "custom_nodes" / "ComfyUI-DMD").symlink_to(comfy_host.PACK)
+        flags = ["--cpu", "--quick-test-for-ci", "--base-directory", str(tmp_path)]
+        run = subprocess.run(
+            [comfy_host.comfy_python(root), "main.py", *flags, "--database-url", f"sqlite:///{tmp_path}/db.sqlite"],
+            cwd=root, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        log = run.stdout + run.stderr
+        assert run.returncode == 0, log[-4000:]
+        mine = [line for line in log.splitlines() if "ComfyUI-DMD" in line]
+        assert any("seconds" in line and "IMPORT FAILED" not in line for line in mine), log[-4000:]
+        assert not [line for line in mine if "WARN" in line.upper() or "FAILED" in line or "Traceback" in line]
+
+else:
+    comfy_host.start_comfy()
+    import nodes
+
+    load_shapes = comfy_host.pack_module("nodes.load_shapes").LoadShapes
+    shapes = comfy_host.pack_module("dmd_core.shapes")
+
+    def captions(n, seed=3):
+        rng = torch.Generator().manual_seed(seed)
+        return shapes.captions.describe(shapes.world.sample(n, rng), rng)
+
+    def pictures(choice, prompts, steps, cfg, sampler, negative=""):
+        """One stock KSampler call per prompt, as a user would queue them. [b 3 h w] in -1..1"""
+        model, clip, vae = load_shapes.execute(choice).result
+        encode, images = nodes.CLIPTextEncode(), []
+        (uncond,) = encode.encode(clip, negative)
+        for seed, prompt in enumerate(prompts):
+            (cond,) = encode.encode(clip, prompt)
+            latent = {"samples": torch.zeros(1, 16, 16, 16)}
+            (out,) = nodes.common_ksampler(model, seed, steps, cfg, sampler, "simple", cond, uncond, latent)
+            images.append(vae.decode(out["samples"]))
+        return torch.cat(images).movedim(-1, 1) * 2 - 1
+
+    def accuracy(images, prompts):
+        return shapes.captions.accuracy(prompts, shapes.load_recogniser().read(images.float()))
+
+    @torch.inference_mode()
+    def test_the_student_draws_what_the_prompt_says_in_four_steps_of_the_stock_sampler():
+        prompts = captions(24)
+        images = pictures("student, 4 steps", prompts, 4, 1.0, "lcm")
+        assert accuracy(images, prompts) >= 0.85
+        # the control: the same pictures against other prompts
+        assert accuracy(images, prompts[1:] + prompts[:1]) < 0.5
+
+    @torch.inference_mode()
+    def test_the_teacher_needs_its_forty_steps():
+        prompts = captions(8)
+        assert accuracy(pictures("teacher", prompts, 20, 2.0, "euler"), prompts) >= 0.75
+
+    @torch.inference_mode()
+    def test_the_host_and_the_engine_are_the_same_network():
+        model, clip, _vae = load_shapes.execute("teacher").result
+        prompt = "a small red circle at the top left on a dark background"
+        ((tokens, extra),) = nodes.CLIPTextEncode().encode(clip, prompt)[0]
+        expected_tokens, expected_pooled = shapes.load_text_encoder().encode([prompt])
+        torch.testing.assert_close(tokens, expected_tokens)
+        torch.testing.assert_close(extra["pooled_output"], expected_pooled)
+        x, sigma = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
+        engine = shapes.teacher.denoiser(shapes.load_teacher())
+        cond = comfy_host.pack_module("dmd_core.conditioning").Cond(expected_tokens, expected_pooled)
+        host = model.model.apply_model(x, sigma, c_crossattn=tokens, y=extra["pooled_output"], guidance=None)
+        torch.testing.assert_close(host, engine(x, sigma, cond), atol=1e-4, rtol=1e-4)
+
+    @torch.inference_mode()
+    def test_the_stock_vae_and_our_small_one_agree():
+        _model, _clip, vae = load_shapes.execute("teacher").result
+        image = shapes.world.render(shapes.world.sample(2, torch.Generator().manual_seed(1)))
+        ours = shapes.load_autoencoder()
+        latent = vae.encode(image.movedim(1, -1) * 0.5 + 0.5)
+        host = load_shapes.execute("teacher").result[0].model.process_latent_in(latent)
+        torch.testing.assert_close(host, ours.encode(image), atol=2e-3, rtol=1e-3)
+        decoded = vae.decode(latent).movedim(-1, 1) * 2 - 1
+        torch.testing.assert_close(decoded, ours.decode(ours.encode(image)).clamp(-1, 1), atol=5e-3, rtol=1e-3)
+
+    @torch.inference_mode()
+    def test_weights_in_a_prompt_are_read_over_and_unknown_words_do_no_harm():
+        _model, clip, _vae = load_shapes.execute("teacher").result
+        encode = nodes.CLIPTextEncode().encode
+        plain, weighted = (encode(clip, p)[0][0][0] for p in ("a red circle", "a (red:1.3) circle"))
+        assert torch.equal(plain, weighted)
+        assert encode(clip, "a zebra, 8k, masterpiece")[0][0][0].isfinite().all()
