@@ -60,9 +60,17 @@ def cat(conds: Sequence[Cond]) -> Cond:
         raise ValueError(
             f"prompts carry different extras {[sorted(c.extras) for c in conds]}; encode them the same way"
         )
-    extras = {k: torch.cat([c.extras[k] for c in conds]) for k in sorted(keys)}
+    extras = {k: torch.cat(same_length([c.extras[k] for c in conds])) for k in sorted(keys)}
     return Cond(cross, torch.cat(pooled) if pooled else None, extras)
 
 
 def pad_tokens(tokens: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
+
+
+def same_length(values: list[Tensor]) -> list[Tensor]:
+    """Masks are as long as their tokens; what is padded is masked."""
+    if values[0].ndim != 2:
+        return values
+    length = max(v.shape[1] for v in values)
+    return [torch.nn.functional.pad(v, (0, length - v.shape[1])) for v in values]

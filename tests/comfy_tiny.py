@@ -22,6 +22,7 @@ class Tiny:
     context: int  # width of the text tokens
     shape: tuple[int, ...]  # [c (t) h w]
     pooled: int | None = None
+    mask: bool = False  # the family asks for an attention mask
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -197,6 +198,55 @@ def wan() -> Any:
     return comfy.model_base.WAN21(config, device="cpu")
 
 
+def anima() -> Any:
+    config = supported.Anima(
+        {
+            "image_model": "anima",
+            "max_img_h": 240,
+            "max_img_w": 240,
+            "max_frames": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_spatial": 2,
+            "patch_temporal": 1,
+            "model_channels": 128,
+            "num_blocks": 2,
+            "num_heads": 1,
+            "concat_padding_mask": True,
+            "crossattn_emb_channels": 1024,
+            "pos_emb_cls": "rope3d",
+            "pos_emb_learnable": True,
+            "pos_emb_interpolation": "crop",
+            "min_fps": 1,
+            "max_fps": 30,
+            "use_adaln_lora": True,
+            "adaln_lora_dim": 32,
+            "rope_h_extrapolation_ratio": 4.0,
+            "rope_w_extrapolation_ratio": 4.0,
+            "rope_t_extrapolation_ratio": 1.0,
+            "extra_per_block_abs_pos_emb": False,
+            "dtype": torch.float32,
+        }
+    )
+    return comfy.model_base.Anima(config, device="cpu")
+
+
+def ltxv() -> Any:
+    config = supported.LTXV(
+        {
+            "image_model": "ltxv",
+            "in_channels": 128,
+            "cross_attention_dim": 64,
+            "attention_head_dim": 32,
+            "num_attention_heads": 2,
+            "caption_channels": 64,
+            "num_layers": 2,
+            "dtype": torch.float32,
+        }
+    )
+    return comfy.model_base.LTXV(config, device="cpu")
+
+
 FAMILIES: dict[str, Tiny] = {
     "sd15_eps": Tiny(build=sd15, context=48, shape=(4, 16, 16)),
     "sd15_v": Tiny(build=lambda: sd15(ModelType.V_PREDICTION), context=48, shape=(4, 16, 16)),
@@ -207,6 +257,8 @@ FAMILIES: dict[str, Tiny] = {
     "z_image": Tiny(build=z_image, context=64, shape=(16, 16, 16)),
     "qwen_image": Tiny(build=qwen_image, context=64, shape=(16, 1, 16, 16)),
     "wan": Tiny(build=wan, context=64, shape=(16, 3, 8, 8)),
+    "anima": Tiny(build=anima, context=1024, shape=(16, 1, 16, 16)),
+    "ltxv": Tiny(build=ltxv, context=64, mask=True, shape=(128, 2, 4, 4)),
 }
 
 
@@ -237,5 +289,7 @@ def conditioning(name: str, seed: int, tokens: int = TOKENS) -> list[Any]:
     options = dict(tiny.options)
     if tiny.pooled:
         options["pooled_output"] = torch.randn(1, tiny.pooled, generator=rng)
+    if tiny.mask:
+        options["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
     with torch.inference_mode():
         return [[torch.randn(1, tokens, tiny.context, generator=rng).clone(), options]]

@@ -1,4 +1,4 @@
-"""The contract on ComfyUI's native models, tiny and random: nine families, with and without block checkpointing."""
+"""The contract on ComfyUI's native models, tiny and random: eleven families, with and without block checkpointing."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,15 +30,10 @@ else:
     pack = comfy_host.pack_module("nodes.comfy_denoiser")
     conds = comfy_host.pack_module("nodes.comfy_conds")
     autograd = comfy_host.pack_module("nodes.comfy_autograd")
-    probe = comfy_host.pack_module("nodes.comfy_probe")
     core_conditioning = comfy_host.pack_module("dmd_core.conditioning")
-    core_schedule = comfy_host.pack_module("dmd_core.schedule")
-    core_features = comfy_host.pack_module("dmd_core.features")
 
     VP, FLOW = (5.0, 0.6), (0.9, 0.3)
     SIGMAS = {"sd15_eps": VP, "sd15_v": VP, "sdxl": VP}
-    # in training ComfyUI takes other, unfused operators for rotary positions: the last bits differ
-    HOST_TOLERANCE = dict.fromkeys(("flux", "flux2", "z_image", "qwen_image", "wan"), 2e-5)
 
     @torch.inference_mode()
     def host_x0(model, x, sigma, conditioning):
@@ -86,7 +81,6 @@ else:
             conds=singles,
             both=core_conditioning.cat(singles),
             host=lambda _x, _sigma, cond: reference[id(cond)],
-            host_tolerance=HOST_TOLERANCE.get(family, 0.0),
         )
         x, sigma = case.x(), case.sigma()
         reference = {
