@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dmd_core.families import FAMILIES, GENERIC, PRESETS, Names, by_name, detect, layer_path, naming, spelled, split_key
+from dmd_core.weights import keys
 
 GOLDEN = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in (Path(__file__).parent / "golden/keys").iterdir()}
 NAMES = sorted(GOLDEN)
@@ -228,6 +229,45 @@ def test_the_real_unets_have_as_many_targets_as_published_accelerator_loras(conf
     assert naming(net, found) == "diffusers"
     kinds = [n.partition("_")[0] for n in found.feature_layers([n for n, _ in net.named_modules()])]
     assert list(dict.fromkeys(kinds)) == ["down", "mid", "up"]
+
+
+def diffusers_transformers():
+    import diffusers
+
+    sizes = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16}
+    sd3 = {"caption_projection_dim": 16, "pooled_projection_dim": 16, "pos_embed_max_size": 16, "sample_size": 16}
+    z = {"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16}
+    wan = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn_dim": 32}
+    pixart = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
+    return {
+        "sd3": lambda: diffusers.SD3Transformer2DModel(**sizes, **sd3),
+        "flux": lambda: diffusers.FluxTransformer2DModel(
+            **sizes, num_single_layers=2, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=True
+        ),
+        "flux2": lambda: diffusers.Flux2Transformer2DModel(**sizes, num_single_layers=2, axes_dims_rope=(2, 2, 2, 2)),
+        "qwen_image": lambda: diffusers.QwenImageTransformer2DModel(**sizes, axes_dims_rope=(2, 2, 4)),
+        "z_image": lambda: diffusers.ZImageTransformer2DModel(**z, axes_dims=[4, 6, 6], axes_lens=[16, 16, 16]),
+        "wan": lambda: diffusers.WanTransformer3DModel(**wan),
+        "pixart": lambda: diffusers.PixArtTransformer2DModel(**pixart, caption_channels=16, sample_size=8),
+    }
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "qwen_image", "z_image", "wan", "pixart"])
+def test_the_diffusers_network_of_a_family_has_the_same_targets_as_comfyui_s(name):
+    """Both tiny networks have the same blocks: each native target is a diffusers target or several of them fused."""
+    pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        net = diffusers_transformers()[name]()
+    names = [n for n, _ in net.named_modules()]
+    family = detect(net)
+    assert family.name == detect(names).name == name
+    assert naming(names, family) == "diffusers"
+    layers = [n for n, m in net.named_modules() if family.targets()(n, m)]
+    assert len(set(keys.lora_keys(layers, family, names).values())) == len(layers)  # ComfyUI has a place for each
+    native = {t.name for n in layers for t in keys.twins(n, family)} or set(layers)
+    assert native == set(GOLDEN[name]["layers"])
+    assert family.feature_layers(names)
+    assert family.block_names(names)
 
 
 def test_the_generic_family_trains_repeated_blocks_of_anything():

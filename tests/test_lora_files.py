@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dmd_core.adapters import AdapterBank
-from dmd_core.families import FAMILIES, by_name, detect
+from dmd_core.families import FAMILIES, by_name, detect, layer_path, split_key
 from dmd_core.weights import files, keys
 from dmd_core.weights.checkpoint import base_hash, merge_file, save_model
 from dmd_core.weights.lora import delta, fit, layer_shape, load_lora, merge, read_lora, save_lora
@@ -306,6 +306,21 @@ def test_a_convolution_s_file_acts_as_the_merged_convolution(tmp_path):
     state = {k: v for k, v in bank.state("student").items() if k.startswith(f"{layer}.")}
     conv.weight.data = merge({f"{layer}.weight": conv.weight.data}, state, 0.7)[f"{layer}.weight"]
     torch.testing.assert_close(conv(x), adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [("sd15", "StableDiffusionLoraLoaderMixin"), ("sdxl", "StableDiffusionXLLoraLoaderMixin")],
+)
+def test_diffusers_understands_every_key_of_a_unet_file(name, loader, tmp_path):
+    loaders = pytest.importorskip("diffusers.loaders")
+    bank, path = saved(tmp_path, name)
+    found, alphas = getattr(loaders, loader).lora_state_dict(load_file(path))
+    assert len(found) == 2 * len(bank.layers)
+    assert len(alphas) == len(bank.layers)
+    layout = keys.unet_layout(GOLDEN[name]["names"])
+    wanted = {keys.twins(n, by_name(name), layout)[0].name for n in bank.layers}
+    assert {layer_path(split_key(k)[0]) for k in found} == wanted
 
 
 # --- metadata ---------------------------------------------------------------------------------------------------------
