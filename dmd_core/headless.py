@@ -1,0 +1,376 @@
+"""A run from a TOML file, without ComfyUI, alone or under `accelerate launch`: on the embedded shapes or on diffusers.
+
+model = "shapes"                     # or a diffusers folder, or a .safetensors file
+[run]     name = "my run"            # RunSettings; every table below has the fields of its dataclass
+[data]    prompts = "prompts.txt"    # a file or a list
+[method]  name = "dmd2"              # steps = 4, and every field of the method's own config
+[lora], [train], [drive], [samples]
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import methods, probe
+from .adapters import Adapted, AdapterBank
+from .conditioning import Cond
+from .data import Batch, Prompts
+from .denoiser import Guided
+from .drive import Progress, best_snapshot, drive
+from .objectives.dmd2 import DMD2
+from .pairs import Pairs, make_pairs
+from .plan import Plan, plan
+from .probe import levels
+from .processes import ALONE, Accelerated, Processes
+from .prompts import PromptCache, fingerprint, parse_prompts, read_prompts
+from .runfile import RunFile, read_run_file
+from .runs import Run, Say, open_run
+from .samplers import sample_euler, sample_restart, start
+from .sheet import sheet
+from .snapshots import Gallery
+from .sources import Source, load_source
+from .train import mix
+from .weights.lora import save_lora
+from .weights.recipe import Recipe
+
+AT_ONCE = 8  # pictures in one call of network and VAE
+
+
+def train_from(path: Path, resume: bool = False, say: Say = print) -> Path:
+    """Trains as the file says and returns the run folder. resume: go on with a run of that name if there is one."""
+    job = prepare(Path(path), resume, say)
+    with board(job) as write:
+        for progress in job.drive():
+            write(progress)
+            if job.first:
+                say(line(progress))
+    if job.first:
+        job.export()
+    return job.run.path
+
+
+def plan_from(path: Path, say: Say = print) -> Plan:
+    """What the run would cost; nothing is trained."""
+    job = prepare(Path(path), True, say)
+    with job.run.locked():
+        job.make_pairs(2)
+        found = job.plan()
+    say(found.words())
+    return found
+
+
+@dataclass
+class Job:
+    """Everything that a run file stands for, loaded."""
+
+    file: RunFile
+    source: Source
+    bank: AdapterBank
+    run: Run
+    prompts: list[str]
+    pool: Cond
+    negative: Cond
+    method: methods.Made
+    processes: Processes
+    say: Say
+
+    @property
+    def first(self) -> bool:
+        return self.processes.rank == 0
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.run.states())
+
+    def drive(self) -> Iterator[Progress]:
+        if self.first:
+            with self.run.locked():
+                self.check()
+                self.make_pairs()
+                self.processes.share(0)
+                yield from self._drive()
+        else:
+            self.processes.share(0)  # pairs are on disk now
+            yield from self._drive()
+
+    def _drive(self) -> Iterator[Progress]:
+        yield from drive(
+            self.method.objective,
+            self.batches(),
+            self.file.train,
+            self.run,
+            self.file.drive,
+            gallery=self.gallery(),
+            preview=self.preview(),
+            about={"file": asdict(self.file), "prompts": len(self.prompts)},
+            processes=self.processes,
+            say=self.say,
+        )
+
+    def check(self) -> None:
+        """Before the first step: is this a teacher, and what will the run cost?"""
+        if self.begun:
+            return
+        guidance = self.method.guidance
+        if self.file.model.probe and len(self.pool) > 1:
+            found = probe.probe(
+                self.teacher(1.0), self.pool.take(slice(0, 4)), self.negative, self.source.shape, self.source.device
+            )
+            self.say(f"teacher: {found.words()}")
+            probe.refuse(found, guidance)
+        if self.file.run.plan and self.processes.count == 1:
+            self.make_pairs(2)
+            self.say(self.plan().words())
+
+    def plan(self) -> Plan:
+        return plan(
+            self.method.objective,
+            self.batches(),
+            self.file.train,
+            self.source.net,
+            checkpointing=self.file.model.checkpointing,
+            batch=self.file.data.batch,
+        )
+
+    # --- data
+
+    def prompt_batches(self) -> Prompts:
+        data = self.file.data
+        return Prompts(self.pool, self.source.shape, data.batch, data.seed)
+
+    def make_pairs(self, count: int = 0) -> None:
+        """Those that are not there yet: all, or just the first ones."""
+        if not self.method.needs_latents:
+            return
+        data, folder = self.file.data, self.run.path / "pairs"
+        there, wanted = len(list(folder.glob("pairs_*.safetensors"))), min(count or data.pairs, data.pairs)
+        teacher = self.teacher(self.method.guidance if self.method.guidance != 1 else self.file.data.pair_guidance)
+        recipe = f"{fingerprint([self.source.net])} {self.method.guidance} {data.pair_guidance} {self.source.encoder}"
+        sigmas = levels(teacher, data.pair_steps, "cpu").tolist()
+        made = make_pairs(teacher, islice(self.prompt_batches(), wanted), sigmas, folder, data.seed, recipe)
+        for i, _ in enumerate(made):
+            if i >= there:
+                self.say(f"pairs {(i + 1) * data.batch} of {data.pairs * data.batch}")
+
+    def batches(self) -> Any:
+        if not self.method.needs_latents:
+            return self.prompt_batches()
+        pairs = Pairs(self.run.path / "pairs", self.source.device, self.file.data.seed)
+        return Tuples(pairs) if self.method.tuples else pairs
+
+    # --- looking
+
+    def teacher(self, guidance: float) -> Any:
+        return Guided(Adapted(self.source.denoiser, self.bank, {}), guidance, self.negative)
+
+    def gallery(self) -> Gallery | None:
+        samples, decode = self.file.samples, self.source.pictures
+        chosen = list(samples.prompts) or self.prompts[: samples.count]
+        if decode is None or len(chosen) < 2:
+            self.say("no samples are drawn: " + ("there is no VAE" if decode is None else "two prompts are needed"))
+            return None
+        cond = self.cache().encode(chosen).to(self.source.device)
+        guided = self.teacher(self.method.guidance if self.method.guidance != 1 else self.file.data.pair_guidance)
+        steps = levels(guided, samples.teacher_steps, self.source.device)
+        own = torch.tensor([*self.method.sigmas, 0.0], device=self.source.device)
+
+        def draw(denoiser: Any, sigmas: Tensor, gamma: float | None) -> Tensor:
+            parts = []
+            for i in range(0, len(cond), AT_ONCE):
+                rng = torch.Generator(self.source.device).manual_seed(mix(samples.seed, i))
+                part = cond.take(slice(i, i + AT_ONCE))
+                noise = torch.randn((len(part), *self.source.shape), generator=rng, device=rng.device)
+                x = start(denoiser.schedule, noise, sigmas[0])
+                made = (
+                    sample_euler(denoiser, x, sigmas, part)
+                    if gamma is None
+                    else sample_restart(denoiser, x, sigmas, part, rng, gamma)
+                )
+                parts.append(decode(made).float().cpu())
+            return torch.cat(parts)
+
+        return Gallery(
+            chosen,
+            lambda: draw(self.method.student, own, self.method.gamma),
+            lambda: draw(guided, steps, None),
+            self.source.features,
+        )
+
+    def preview(self) -> Callable[[], Image.Image] | None:
+        """What a DMD2 update looks at: the student's x0, the teacher's and the critic's of it under noise."""
+        objective, decode, batches = self.method.objective, self.source.pictures, self.prompt_batches()
+        if not isinstance(objective, DMD2) or decode is None:
+            return None
+        batch = next(batches.seek(0))
+        batch = Batch(batch.cond.take(slice(0, 4)), (min(4, batch.shape[0]), *batch.shape[1:]), None)
+
+        @torch.no_grad()
+        def look() -> Image.Image:
+            rng = torch.Generator(self.source.device).manual_seed(self.file.samples.seed)
+            x, k = objective.input(replace(batch, latents=None), rng)
+            x0 = objective.student(x, objective.level(k, x), batch.cond)
+            at = objective.probe(x0, rng, objective.config.low, objective.config.high, x, k)
+            rows = [decode(v).float().cpu() for v in (x0, *objective.scores(at, batch.cond))]
+            return sheet(rows, ["student", "teacher's x0", "critic's x0"])
+
+        return look if objective.config.backward_simulation else None
+
+    def cache(self) -> PromptCache:
+        return prompt_cache(self.file, self.source)
+
+    # --- result
+
+    def export(self) -> Path | None:
+        """The best snapshot as a LoRA file that ComfyUI loads."""
+        chosen = best_snapshot(self.run)
+        if chosen is None or self.run.states() == []:
+            return None
+        schedule, sigmas = self.source.denoiser.schedule, self.method.sigmas
+        vp = self.source.family.betas is not None
+        recipe = Recipe(
+            family=self.source.family.name,
+            objective=self.file.method.name,
+            steps=len(sigmas),
+            sigmas=(*sigmas, 0.0),
+            timesteps=tuple(int(t) for t in schedule.timestep(torch.tensor(sigmas)).tolist()) if vp else (),
+            gamma=0.0 if self.method.gamma is None else self.method.gamma,
+            trained_cfg=self.method.guidance,
+            prediction=self.source.denoiser.prediction.value,
+            base=Path(self.file.model.path).name,
+            rank=self.file.lora.rank,
+            trained_on=f"{len(self.prompts)} prompts, {chosen.name}",
+        )
+        names = [n for n, _ in self.source.net.named_modules()]
+        state = load_file(chosen / "student.safetensors")
+        path = save_lora(self.run.path / "lora", self.run.name, state, names, family=self.source.family, recipe=recipe)
+        self.say(f"the student of {chosen.name} is in {path}")
+        return path
+
+
+@dataclass(frozen=True)
+class Tuples:
+    """Pairs as rectified flow takes them: (x0, cond, eps)."""
+
+    inner: Pairs
+
+    def seek(self, cursor: int) -> Iterator[tuple[Tensor | None, Any, Tensor | None]]:
+        for batch in self.inner.seek(cursor):
+            yield batch.latents, batch.cond, batch.noise
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Any, Tensor | None]]:
+        return self.seek(0)
+
+
+def prepare(path: Path, resume: bool, say: Say) -> Job:
+    """Reads the file, opens the run, loads the model, encodes the prompts, builds the objective."""
+    file = read_run_file(path)
+    processes, device = fellows(file)
+    run = open_for(file, path, resume, processes)
+    if file.data.batch % processes.count:
+        raise ValueError(
+            f"[data] batch is {file.data.batch} for {processes.count} processes; it is that of all together, "
+            "give a multiple of their number"
+        )
+    source = load_source(file.model, device)
+    prompts = prompts_of(file, path)
+    cache = prompt_cache(file, source)
+    if processes.rank == 0:
+        cache.fill([*prompts, *file.samples.prompts, ""], source.encode, say)
+    processes.share(0)
+    source.free_text()
+    pool, negative = (cache.encode(p).to(source.device) for p in (prompts, [""]))
+    bank = AdapterBank(source.net, source.family.targets(file.lora.layers))  # type: ignore[arg-type]
+    method = methods.build(file, source, bank, pool, negative)
+    if file.model.checkpointing:
+        source.checkpoint(bank)
+    return Job(file, source, bank, run, prompts, pool, negative, method, processes, say)
+
+
+def open_for(file: RunFile, path: Path, resume: bool, processes: Processes) -> Run:
+    root = path.parent / file.run.root
+    mode = "auto" if resume else file.run.resume
+    if mode == "new" and processes.count > 1:
+        raise ValueError("[run] resume 'new' counts names up, which many processes cannot agree on; give a new name")
+    run = open_run(root, file.run.name, mode or "auto")
+    if not mode and run.states():
+        raise ValueError(
+            f"the run {run.name!r} in {root} has begun already; go on with --resume, or give [run] another name"
+        )
+    return run
+
+
+def prompt_cache(file: RunFile, source: Source) -> PromptCache:
+    folder = os.environ.get("DMD_PROMPT_CACHE")
+    return PromptCache(Path(folder) if folder else Path(file.where) / file.run.root / ".prompts", source.encoder)
+
+
+def prompts_of(file: RunFile, path: Path) -> list[str]:
+    given = file.data.prompts
+    return read_prompts(path.parent / given) if isinstance(given, str) else parse_prompts("\n".join(given))
+
+
+def fellows(file: RunFile) -> tuple[Processes, torch.device]:
+    """Under `accelerate launch` (or torchrun) its processes, else this one alone."""
+    wanted = file.model.device
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        # the others wait while the first one makes pairs, which may take hours
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=48))
+        accelerator = Accelerator(cpu=wanted == "cpu", kwargs_handlers=[patience])
+        return Accelerated(accelerator), accelerator.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return ALONE, torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"[model] device is {wanted!r}; use 'auto', 'cpu', 'cuda' or 'cuda:0'") from None
+
+
+def line(progress: Progress) -> str:
+    losses = ", ".join(f"{k} {v:.4g}" for k, v in progress.report.losses.items())
+    left = progress.seconds_left
+    wait = f"{left / 3600:.1f} h" if left >= 5400 else f"{math.ceil(left / 60)} min"
+    said = [f"{progress.step}/{progress.total}, {wait} left: {losses}"]
+    said += [f"saved {progress.saved.name}"] if progress.saved else []
+    said += [progress.stop] if progress.stop else []
+    return "; ".join(said)
+
+
+class board:
+    """TensorBoard event files in the run folder, where tensorboard is installed; nothing otherwise."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.writer: Any = None
+
+    def __enter__(self) -> Callable[[Progress], None]:
+        if self.job.first:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return lambda progress: None
+            self.writer = SummaryWriter(str(self.job.run.path / "tensorboard"))
+        return self.write
+
+    def write(self, progress: Progress) -> None:
+        if self.writer is not None:
+            values: Mapping[str, float] = progress.report.losses | {
+                f"norm/{k}": v for k, v in progress.report.norms.items()
+            }
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, progress.step)
+
+    def __exit__(self, *error: object) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,138 @@
+"""The five methods, put together on one frozen network: which LoRA sets, which heads, which data each of them needs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .adapters import Adapted, AdapterBank
+from .conditioning import Cond
+from .discriminators import Discriminator, FeatureReader
+from .objectives.diffusion2gan import Diffusion2GAN, Perceptual, noise_input
+from .objectives.dmd import DMD
+from .objectives.dmd2 import DMD2
+from .objectives.ladd import LADD
+from .objectives.rectified_flow import RectifiedFlow
+from .runfile import CONFIGS, RunFile
+from .train import Objective
+
+if TYPE_CHECKING:
+    from .sources import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """An objective, and what the run around it has to know."""
+
+    objective: Objective
+    student: Adapted
+    sigmas: tuple[float, ...]  # that the student is sampled at, without the final 0
+    gamma: float | None = 1.0  # stochasticity of its sampling; None: plain Euler
+    guidance: float = 1.0  # of the teacher
+    needs_latents: bool = False  # the teacher's noise-latent pairs
+    tuples: bool = False  # batches are (x0, cond, eps)
+
+
+@dataclass
+class Bench:
+    """What the methods are built from."""
+
+    source: "Source"
+    bank: AdapterBank
+    file: RunFile
+    pool: Cond
+    negative: Cond
+    rng: torch.Generator
+
+    @property
+    def teacher(self) -> Adapted:
+        return Adapted(self.source.denoiser, self.bank, {})
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        given = self.file.method.options.get("sigmas")
+        if given:
+            return tuple(given)
+        # VP families have their own trained list; flow families are shifted as the student is sampled
+        return tuple(float(s) for s in self.source.family.sigmas(self.file.method.steps)[:-1])
+
+    def config(self) -> Any:
+        options = dict(self.file.method.options)
+        cls = CONFIGS[self.file.method.name]
+        return cls(**(options | {"sigmas": self.sigmas} if "sigmas" in cls.__dataclass_fields__ else options))  # type: ignore[attr-defined]
+
+    def lora(self, name: str, rank: int = 0) -> tuple[Adapted, Mapping[str, nn.Parameter]]:
+        self.bank.new(name, rank or self.file.lora.rank, self.rng)
+        return Adapted(self.source.denoiser, self.bank, {name: 1.0}), self.bank.parameters(name)
+
+    def reader(self, view: Adapted) -> FeatureReader:
+        names = [n for n, _ in self.source.net.named_modules()]
+        return FeatureReader(view, self.source.net, self.source.family.feature_layers(names, self.file.method.features))
+
+    def discriminator(self, view: Adapted) -> Discriminator:
+        x = torch.zeros((2, *self.source.shape), device=self.source.device)
+        sigma = torch.full((2,), self.sigmas[0] / 2, device=self.source.device)
+        cond = self.pool.take(torch.zeros(2, dtype=torch.long))
+        return Discriminator.on(self.reader(view), x, sigma, cond, self.rng, self.file.method.head_width)
+
+
+def build(file: RunFile, source: "Source", bank: AdapterBank, pool: Cond, negative: Cond) -> Made:
+    rng = torch.Generator().manual_seed(file.train.seed)
+    return BUILDERS[file.method.name](Bench(source, bank, file, pool, negative, rng))
+
+
+def dmd2(bench: Bench, cls: type[DMD2] = DMD2) -> Made:
+    config = bench.config()
+    student, student_params = bench.lora("student")
+    critic, critic_params = bench.lora("critic", bench.file.lora.critic_rank)
+    discriminator = bench.discriminator(bench.teacher) if config.gan_weight else None
+    objective = cls(
+        bench.teacher, student, critic, bench.negative, student_params, critic_params, config, discriminator
+    )
+    return Made(
+        objective=objective,
+        student=student,
+        sigmas=config.sigmas,
+        gamma=None if config.trajectory else config.gamma,
+        guidance=config.guidance,
+        needs_latents=cls is DMD or bool(config.gan_weight) or not config.backward_simulation,
+    )
+
+
+def ladd(bench: Bench) -> Made:
+    config = bench.config()
+    student, params = bench.lora("student")
+    objective = LADD(student, params, bench.discriminator(bench.teacher), config)
+    return Made(objective=objective, student=student, sigmas=config.sigmas, needs_latents=True)
+
+
+def diffusion2gan(bench: Bench) -> Made:
+    config = bench.config()
+    student, params = bench.lora("student")
+    trunk, trunk_params = bench.lora("discriminator", bench.file.lora.critic_rank)
+    side = bench.source.shape[1:]
+    if min(side) < 8:
+        raise ValueError(f"Diffusion2GAN judges at half size too, and latents are {side}; use a larger picture size")
+    heads = [bench.discriminator(trunk) for _ in range(2)]  # full and half size
+    noise = noise_input(bench.source.shape[0]).to(bench.source.device)
+    objective = Diffusion2GAN(
+        student, params, Perceptual(bench.reader(bench.teacher)), heads, trunk_params, noise, config
+    )
+    return Made(objective=objective, student=student, sigmas=config.sigmas, needs_latents=True)
+
+
+def reflow(bench: Bench) -> Made:
+    student, params = bench.lora("student")
+    objective = RectifiedFlow(student, params, bench.config())
+    return Made(objective=objective, student=student, sigmas=bench.sigmas, gamma=None, needs_latents=True, tuples=True)
+
+
+BUILDERS: dict[str, Callable[[Bench], Made]] = {
+    "dmd2": dmd2,
+    "dmd": lambda bench: dmd2(bench, DMD),
+    "ladd": ladd,
+    "diffusion2gan": diffusion2gan,
+    "reflow": reflow,
+}

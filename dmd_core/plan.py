@@ -1,0 +1,166 @@
+"""What a run will cost, measured on two steps before it starts, and what to change where it does not fit."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .train import Objective, Seekable, TrainConfig, train
+from .trainstate import TrainState
+
+GIB = 2**30
+CARDS = (12, 16, 24)  # GB
+USABLE = 0.94  # of a card: the driver, the display and fragmentation take the rest
+CONTEXT = int(0.6 * GIB)  # CUDA's own, which max_memory_allocated does not see [estimate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes and seconds. peak is None on a CPU, where activations are not counted; inf: it did not fit at all."""
+
+    device: str
+    steps: int
+    seconds_per_step: float
+    base: int  # frozen weights
+    trained: int  # parameters that learn
+    averages: int
+    optimizer: int
+    peak: float | None
+    advice: tuple[str, ...] = ()
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.seconds_per_step / 3600
+
+    @property
+    def parameters(self) -> int:
+        """All that is kept between steps."""
+        return self.base + self.trained + self.averages + self.optimizer
+
+    def fits(self) -> dict[int, bool | None]:
+        """Per card size; None where it cannot be told. Parameters alone can say no, never yes."""
+        if self.peak is None:
+            return {g: False if self.parameters + CONTEXT > g * GIB * USABLE else None for g in CARDS}
+        return {g: self.peak + CONTEXT <= g * GIB * USABLE for g in CARDS}
+
+    def words(self) -> str:
+        answer = {True: "yes", False: "no", None: "not known"}
+        cards = ", ".join(f"{g} GB {answer[fit]}" for g, fit in self.fits().items())
+        kept = f"{size(self.base)} frozen + {size(self.trained)} trained + {size(self.optimizer)} optimiser"
+        lines = [
+            f"{self.steps} steps of {self.seconds_per_step:.3g} s: {duration(self.steps * self.seconds_per_step)} "
+            f"on this {self.device}, measured on two steps",
+            f"kept in memory: {kept} + {size(self.averages)} averages = {size(self.parameters)}",
+        ]
+        if self.peak is None:
+            lines.append("peak memory: not measured. A CPU does not count activations: plan again on the GPU itself")
+        elif self.peak == float("inf"):
+            lines.append(f"peak memory: more than this {self.device} has")
+        else:
+            lines.append(f"peak memory: {size(self.peak)} measured, about {size(CONTEXT)} more for CUDA itself")
+        return "\n".join([*lines, f"fits on {cards}", *(f"- {line}" for line in self.advice)])
+
+
+def plan(
+    objective: Objective,
+    batches: Iterable[Any] | Seekable,
+    config: TrainConfig,
+    net: nn.Module | None = None,
+    *,
+    checkpointing: bool = False,
+    batch: int = 0,
+    steps_done: int = 0,
+) -> Plan:
+    """Runs two steps and takes them back: parameters are what they were afterwards, to the bit."""
+    device = next(iter(next(iter(objective.players.values())).params.values())).device
+    before = {k: {n: p.detach().cpu().clone() for n, p in pl.params.items()} for k, pl in objective.players.items()}
+    state = TrainState(objective, config)
+    seconds: list[float] = []
+    full = False
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        for report in train(objective, batches, replace(config, steps=2), state):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(report.seconds)
+    except torch.OutOfMemoryError:
+        full = True
+    finally:
+        put_back(objective, before)
+    peak = None
+    if device.type == "cuda":
+        peak = float("inf") if full else float(torch.cuda.max_memory_allocated(device))
+    elif full:
+        peak = float("inf")
+    learning = {id(p) for pl in objective.players.values() for p in pl.params.values()}
+    frozen = [p for p in net.parameters() if id(p) not in learning] if net is not None else []
+    made = Plan(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        steps=config.steps - steps_done,
+        # the first step also chooses kernels and allocates
+        seconds_per_step=seconds[-1] if seconds else float("nan"),
+        base=sum(nbytes(p) for p in frozen),
+        trained=sum(nbytes(p) for pl in objective.players.values() for p in pl.params.values()),
+        averages=sum(nbytes(v) for average in state.ema.values() for v in average.values()),
+        optimizer=optimizer_bytes(state),
+        peak=peak,
+    )
+    return replace(made, advice=tuple(advice(made, config, checkpointing, batch)))
+
+
+@torch.no_grad()
+def put_back(objective: Objective, before: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, player in objective.players.items():
+        for key, p in player.params.items():
+            p.copy_(before[name][key])
+            p.grad = None
+
+
+def nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def optimizer_bytes(state: TrainState) -> int:
+    """Of what is there; where a player has not stepped yet, AdamW's two moments of its parameters."""
+    total = 0
+    for name, params in state.params.items():
+        entries = state.optimizers[name].state
+        for p in params.values():
+            held = [v for v in entries.get(p, {}).values() if isinstance(v, Tensor)]
+            total += sum(nbytes(v) for v in held) or 2 * nbytes(p)
+    return total
+
+
+def advice(made: Plan, config: TrainConfig, checkpointing: bool, batch: int) -> list[str]:
+    """What to change, the cheapest for quality first; nothing when the smallest card is enough."""
+    fits = made.fits()
+    if all(fits.values()):
+        return []
+    found = []
+    activations = None if made.peak in (None, float("inf")) else max(0.0, made.peak - made.parameters)  # type: ignore[operator]
+    if not checkpointing:
+        found.append("turn gradient checkpointing on: most of the activations go, a step takes about a third longer")
+    if config.precision == "fp32":
+        found.append("precision 'bf16': half the activations, and faster")
+    if batch > 1:
+        share = f" (about {size(activations * (1 - 1 / batch))} less)" if activations else ""
+        found.append(f"batch 1 with accumulate x {batch}: the same update{share}")
+    if config.optimizer == "adamw":
+        found.append(f"optimizer 'adamw8bit': about {size(0.75 * made.optimizer)} less")
+    found.append(f"half the LoRA rank: about {size((made.trained + made.averages + made.optimizer) / 2)} less")
+    found.append(f"an fp8 base: up to {size(made.base / 2)} less, if it is bf16 now")
+    found.append("a smaller picture size")
+    return found
+
+
+def size(count: float) -> str:
+    return f"{count / GIB:.2f} GB" if count >= 0.01 * GIB else f"{count / 2**20:.2f} MB"
+
+
+def duration(seconds: float) -> str:
+    if seconds != seconds:  # not a number: nothing was measured
+        return "unknown"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.1f} minutes"

@@ -1,0 +1,100 @@
+"""Where a headless run gets its model: the embedded shapes, or diffusers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import shapes
+from .adapters import AdapterBank
+from .conditioning import Cond
+from .denoiser import NetDenoiser
+from .families import Family, detect
+from .prompts import fingerprint
+
+if TYPE_CHECKING:
+    from .runfile import ModelSettings
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+SHAPES_SIZE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A frozen network and what belongs to it."""
+
+    net: nn.Module
+    denoiser: NetDenoiser
+    family: Family
+    shape: tuple[int, int, int]  # of a latent
+    device: torch.device
+    encoder: str  # fingerprint of the text encoders and their settings
+    encode: Callable[[Sequence[str]], Cond]
+    free_text: Callable[[], None]
+    checkpoint: Callable[[AdapterBank], None]
+    pictures: Callable[[Tensor], Tensor] | None = None  # latents -> [n 3 h w] in -1..1
+    features: Callable[[Tensor], Tensor] | None = None  # pictures -> [n d], to compare them in
+
+
+def load_source(model: "ModelSettings", device: torch.device) -> Source:
+    if model.dtype not in DTYPES:
+        raise ValueError(f"[model] dtype is {model.dtype!r}; use one of {', '.join(DTYPES)}")
+    return shapes_source(model, device) if model.path == "shapes" else diffusers_source(model, device)
+
+
+def shapes_source(model: "ModelSettings", device: torch.device) -> Source:
+    net, text = shapes.load_teacher().to(device), shapes.load_text_encoder().to(device)
+    autoencoder, recogniser = shapes.load_autoencoder().to(device), shapes.load_recogniser().to(device)
+    size = model.size or SHAPES_SIZE
+    if size % 16:
+        raise ValueError(f"[model] size is {size}; the shapes world takes multiples of 16, usually {SHAPES_SIZE}")
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> Cond:
+        return Cond(*text.encode(prompts))
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        return recogniser.features(images.to(device))
+
+    return Source(
+        net=net,
+        denoiser=shapes.teacher.denoiser(net),
+        family=detect(net),
+        shape=(shapes.teacher.CHANNELS, size // 8, size // 8),
+        device=device,
+        encoder=fingerprint([text]),
+        encode=encode,
+        free_text=lambda: None,
+        checkpoint=lambda bank: None,
+        pictures=torch.no_grad()(lambda latents: autoencoder.decode(latents).clamp(-1, 1)),
+        features=features if size == SHAPES_SIZE else None,
+    )
+
+
+def diffusers_source(model: "ModelSettings", device: torch.device) -> Source:
+    from .backends.diffusers import load
+
+    path = Path(model.path).expanduser()
+    bundle = load(path, device, DTYPES[model.dtype], config=model.config or None, size=model.size or None)
+    size = model.size or bundle.native_size
+
+    def encode(prompts: Sequence[str]) -> Cond:
+        return bundle.encode(prompts, size, size)
+
+    has_vae = getattr(bundle.pipeline, "vae", None) is not None
+    return Source(
+        net=bundle.net,
+        denoiser=bundle.denoiser,
+        family=detect(bundle.net),
+        shape=bundle.latent_shape(size, size),
+        device=device,
+        encoder=fingerprint(bundle.text_encoders(), bundle.family, size),
+        encode=encode,
+        free_text=bundle.drop_text_encoders,
+        checkpoint=bundle.checkpoint_blocks,
+        pictures=torch.no_grad()(lambda latents: bundle.to_images(latents).clamp(-1, 1)) if has_vae else None,
+    )
