@@ -126,7 +126,7 @@ class DMD2:
         return student_input(self.student, c.sigmas, batch, rng, self.dtype, c.backward_simulation, gamma)
 
     def level(self, k: int, x: Tensor) -> Tensor:
-        return torch.full((len(x),), self.config.sigmas[k]).to(x)
+        return torch.full((len(x),), self.config.sigmas[k], dtype=x.dtype, device=x.device)
 
     def critic_terms(
         self, x0: Tensor, batch: Batch, rng: torch.Generator, x: Tensor | None = None, k: int = 0
