@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickletools
 import re
 import struct
@@ -52,7 +53,7 @@ class Header:
     wrapper: str = ""  # the key a pickled dict was found under
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | os.PathLike[str]) -> Header:
     """The header of a .safetensors, .bin, .pt, .pth or .ckpt file, told apart by content and not by name."""
     path = Path(path)
     if not path.is_file():
