@@ -1,7 +1,8 @@
 """Is this network a teacher? Guidance-distilled and few-step models are told by what they predict from pure noise.
 
 There x carries nothing, so a true teacher can only predict the mean of what its prompt may become:
-- the same for every noise. A few-step model already shows a different picture for each: `variety` near 1.
+- the same for every noise. A few-step model already shows a different picture for each: `variety` near 1
+  (told by the empty prompt, which leaves most open).
 - and the step from the empty prompt's mean to the prompt's is that between the means of its own samples. A model that
   has guidance built in steps further, by about the guidance scale: `overshoot` is that factor.
 """
@@ -69,7 +70,8 @@ def probe(
     wanted = sampled["cond"].mean(0) - sampled["uncond"].mean(0)
     # <step, wanted> / |step|^2 has no bias from the few samples behind `wanted`
     agreement = (step * wanted).sum() / step.square().sum().clamp_min(1e-20)
-    variety = predicted["cond"].std(0).square().mean().sqrt() / sampled["cond"].std(0).square().mean().sqrt()
+    # of the empty prompt: built-in guidance would blow up what little a prompt's prediction varies
+    variety = predicted["uncond"].std(0).square().mean().sqrt() / sampled["uncond"].std(0).square().mean().sqrt()
     return Probed(
         variety=float(variety),
         overshoot=float(1 / agreement.clamp_min(1e-3)),

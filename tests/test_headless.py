@@ -1,0 +1,404 @@
+"""Run files, headless runs on a tiny shapes world, and several processes as one."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import ring
+from toy import MLP
+
+from dmd_core import headless, shapes
+from dmd_core.data import Batch
+from dmd_core.denoiser import NetDenoiser, Prediction
+from dmd_core.objectives.dmd2 import DMD2, DMD2Config
+from dmd_core.objectives.rectified_flow import RectifiedFlow, RectifiedFlowConfig
+from dmd_core.processes import Rows, Shared, SharedBatches
+from dmd_core.runfile import parse_run_file, read_run_file
+from dmd_core.runs import Run
+from dmd_core.schedule import Flow
+from dmd_core.train import TrainConfig, train
+from dmd_core.weights.lora import read_lora
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST = 'model = "shapes"\n[run]\nname = "a"\n[data]\nprompts = ["a red circle", "a blue star"]\n'
+
+
+class TestRunFile:
+    def test_defaults_are_those_of_the_classes(self):
+        file = parse_run_file(LEAST)
+        assert file.train == TrainConfig()
+        assert file.model.path == "shapes"
+        assert (file.method.name, file.method.steps, file.method.options) == ("dmd2", 4, {})
+        assert parse_run_file(LEAST + '[method]\nname = "dmd"\n').method.steps == 1
+
+    def test_every_field_of_a_method_is_accepted(self):
+        text = (
+            '[method]\nguidance = 3\nema = "none"\nstudent_betas = [0, 0.9]\nsigmas = [1.0, 0.5]\ntrajectory = true\n'
+        )
+        options = parse_run_file(LEAST + text).method.options
+        assert options == {
+            "guidance": 3.0,
+            "ema": None,
+            "student_betas": (0.0, 0.9),
+            "sigmas": (1.0, 0.5),
+            "trajectory": True,
+        }
+        assert isinstance(options["guidance"], float)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("[train]\nstepz = 3", r"\[train\] has no 'stepz'; did you mean 'steps'\? settings: .*clip.*seed"),
+            ("[trian]\n", r"has no 'trian'; did you mean 'train'"),
+            ("[train]\nsteps = 'many'", r"\[train\] steps is 'many' \(a text\); a whole number is accepted"),
+            ("[train]\nsteps = true", r"steps is True \(true or false\); a whole number"),
+            ("[train]\nclip = '1'", "a number is accepted"),
+            ("[train]\nsteps = 0", r"\[train\] steps is 0"),
+            ("[method]\nname = 'dmd3'", "methods are dmd2, dmd, ladd, diffusion2gan, reflow"),
+            ("[method]\nguidence = 3", "did you mean 'guidance'"),
+            ("[method]\nname = 'ladd'\nguidance = 3", r"\[method\] has no 'guidance'"),
+            ("[method]\nstudent_betas = [0.9]", "a list of 2 numbers is accepted"),
+            ("[method]\nema = 'x'", "a number or 'none' is accepted"),
+            ("[drive]\nkeep = 0", "keep is 0"),
+            ("lora = 3", "not TOML|is a table"),
+            ("[x", "not TOML"),
+        ],
+    )
+    def test_mistakes_are_named_with_what_is_accepted(self, text, message):
+        with pytest.raises(ValueError, match=message):
+            parse_run_file(LEAST + text)
+
+    @pytest.mark.parametrize("lack", ["name", "prompts", "model"])
+    def test_what_every_run_needs(self, lack):
+        text = "\n".join(line for line in LEAST.splitlines() if not line.startswith(lack))
+        with pytest.raises(ValueError, match="lacks (name|prompts|path)"):
+            parse_run_file(text)
+
+    @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "CON", "C:x"])
+    def test_names_cannot_lead_out_of_the_root(self, name):
+        with pytest.raises(ValueError, match="run name"):
+            parse_run_file(LEAST.replace('"a"', f"'{name}'"))
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.text(max_size=80) | st.sampled_from(LEAST.splitlines()).map(lambda s: s * 2))
+    def test_any_text_gives_a_file_or_a_value_error(self, text):
+        try:
+            parse_run_file(LEAST + text)
+        except ValueError:
+            pass
+
+    def test_unreadable_files_are_named(self, tmp_path):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_run_file(tmp_path / "none.toml")
+        (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
+        with pytest.raises(ValueError, match="not UTF-8"):
+            read_run_file(tmp_path / "x.toml")
+
+    def test_the_reproduction_kit_is_a_valid_run_file(self):
+        file = read_run_file(ROOT / "scripts" / "sdxl_dmd2_24gb.toml")
+        assert (file.method.name, file.method.steps, file.train.precision) == ("dmd2", 4, "bf16")
+        assert "NOT YET RUN" in (ROOT / "scripts" / "sdxl_dmd2_24gb.toml").read_text()
+        DMD2Config(sigmas=(1.0,), **file.method.options)
+
+
+# --- runs on the shapes world, with untrained networks: what is tested is the wiring
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    def seeded(make):
+        def build():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return make().eval().requires_grad_(False)
+
+        return build
+
+    monkeypatch.setattr(shapes, "load_teacher", seeded(lambda: shapes.teacher.Teacher(double=1, single=1)))
+    monkeypatch.setattr(shapes, "load_text_encoder", seeded(shapes.text.TextEncoder))
+    monkeypatch.setattr(shapes, "load_autoencoder", seeded(shapes.autoencoder.Autoencoder))
+    monkeypatch.setattr(shapes, "load_recogniser", seeded(shapes.recogniser.Recogniser))
+    return tmp_path
+
+
+RUN = """
+[run]
+name = "tiny"
+[model]
+path = "shapes"
+size = {size}
+device = "cpu"
+probe = false
+[data]
+prompts = ["a red circle", "a blue star", "a green square"]
+batch = 2
+pairs = 2
+pair_steps = 2
+[lora]
+rank = 2
+[method]
+name = "{method}"
+head_width = 8
+features = 2
+{more}
+[train]
+steps = {steps}
+[drive]
+save_every = 2
+[samples]
+count = 2
+teacher_steps = 2
+"""
+
+
+def write(folder, method="dmd2", steps=3, more="", size=32):
+    path = folder / "RUN.toml"
+    path.write_text(RUN.format(method=method, steps=steps, more=more, size=size))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "size"),
+    [
+        ("dmd2", "critic_updates = 1", 32),
+        ("dmd", "", 32),
+        ("ladd", "", 32),
+        ("reflow", "", 32),
+        pytest.param("diffusion2gan", "", 64, marks=pytest.mark.slow),
+        pytest.param("dmd2", "critic_updates = 1\ngan_weight = 0.01", 32, marks=pytest.mark.slow),
+    ],
+)
+def test_every_method_runs_from_a_file_and_leaves_a_lora(world, method, more, size):
+    said = []
+    folder = headless.train_from(write(world, method, 2, more, size), say=said.append)
+    assert folder == world / "runs" / "tiny"
+    run = Run(folder)
+    assert len(run.history()) == 2
+    assert any("2 steps of" in s for s in said), "the plan comes first"
+    file = read_lora(next((folder / "lora").glob("*.safetensors")))
+    assert file.recipe.objective == method
+    assert len(file.recipe.sigmas) == file.recipe.steps + 1
+    assert any(up.any() for _, up in file.modules.values()), "the student has learned nothing"
+    assert (run.snapshots()[-1] / "sheet.png").exists()
+    assert run.settings()["file"]["method"]["name"] == method
+    assert len(list((folder / "pairs").glob("*.safetensors"))) == (0 if "gan" not in more and method == "dmd2" else 2)
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_student(world, tmp_path):
+    path = write(world, more="critic_updates = 1", steps=4)
+    headless.train_from(path, say=lambda s: None)
+    whole = (world / "runs" / "tiny").rename(world / "whole")
+    steps = headless.prepare(path, False, lambda s: None).drive()
+    for progress in steps:
+        if progress.step == 3:
+            steps.close()
+    with pytest.raises(ValueError, match="has begun already; go on with --resume"):
+        headless.train_from(path, say=lambda s: None)
+    said = []
+    headless.train_from(path, resume=True, say=said.append)
+    assert "run 'tiny' goes on at step 3 of 4" in said
+    assert not any("prompts encoded" in s for s in said), "they are on disk"
+    for name in ("student.safetensors", "measures.json"):
+        parts = [f / "snapshots" / "step_00000004" / name for f in (whole, world / "runs" / "tiny")]
+        assert parts[0].read_bytes() == parts[1].read_bytes()
+
+
+def test_an_untrained_network_is_refused_as_a_teacher(world):
+    path = write(world)
+    path.write_text(path.read_text().replace("probe = false", "probe = true"))
+    with pytest.raises(ValueError, match="cannot be the teacher"):
+        headless.train_from(path, say=lambda s: None)
+    assert not Run(world / "runs" / "tiny").states()
+
+
+def test_a_model_that_is_not_there_is_named(world):
+    path = write(world)
+    path.write_text(path.read_text().replace('path = "shapes"', 'path = "nowhere"'))
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        headless.train_from(path)
+
+
+# --- several processes
+
+
+class Threads:
+    """Processes that are threads: the same collectives, no launcher."""
+
+    def __init__(self, rank, shared):
+        self.rank, self.count, self.shared = rank, len(shared["slots"]), shared
+
+    def mean(self, tensors):
+        values = self.exchange([t.clone() for t in tensors])
+        for i, t in enumerate(tensors):
+            t.copy_(torch.stack([v[i] for v in values]).mean(0))
+
+    def share(self, value):
+        return self.exchange(value)[0]
+
+    def exchange(self, value):
+        self.shared["slots"][self.rank] = value
+        self.shared["barrier"].wait(60)
+        found = list(self.shared["slots"])
+        self.shared["barrier"].wait(60)
+        return found
+
+
+def objective(kind):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        nets = [MLP(8).double() for _ in range(2)]
+    models = [NetDenoiser(Doubled(n), Flow(), Prediction.FLOW, torch.float64) for n in nets]
+    params = [dict(n.named_parameters()) for n in nets]
+    if kind == "rectified_flow":
+        return RectifiedFlow(models[0], params[0], RectifiedFlowConfig(lr=1e-2))
+    config = DMD2Config(sigmas=(1.0, 0.5), guidance=1.0, critic_updates=2, student_lr=1e-2, critic_lr=1e-2)
+    return DMD2(ring(Flow()), *models, None, *params, config)
+
+
+class Doubled:
+    """MLP's waves of the timestep are fp32 constants."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x, timestep, cond):
+        return self.net(x, timestep.double(), cond)
+
+
+def batches(kind, n=8):
+    for i in range(1000):
+        g = torch.Generator().manual_seed(i)
+        x = torch.randn(n, 2, generator=g, dtype=torch.float64)
+        yield (x, None) if kind == "rectified_flow" else Batch(None, (n, 2))
+
+
+CONFIG = TrainConfig(steps=5, clip=0.5)
+
+
+def learn(kind, processes=None):
+    own, data = objective(kind), batches(kind)
+    if processes is not None:
+        wrapped, data = Shared(own, processes), SharedBatches(data, processes)
+    else:
+        wrapped = own
+    reports = list(train(wrapped, data, CONFIG, reduce=processes.mean if processes else None))
+    flat = {f"{k}.{n}": p.detach().clone() for k, pl in own.players.items() for n, p in pl.params.items()}
+    return flat, [r.losses for r in reports]
+
+
+@pytest.mark.parametrize("kind", ["dmd2", "rectified_flow"])
+def test_two_equal_one_with_the_double_batch(kind):
+    expected, losses = learn(kind)
+    shared = {"slots": [None] * 2, "barrier": threading.Barrier(2)}
+    found = [None] * 2
+
+    def work(rank):
+        found[rank] = learn(kind, Threads(rank, shared))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(300)
+    for params, seen in found:
+        for k, v in expected.items():
+            torch.testing.assert_close(params[k], v, rtol=1e-6, atol=1e-9)
+        for a, b in zip(seen, losses, strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_without_its_rows_of_the_noise_it_would_not():
+    """The control: two processes that draw the same noise for different rows."""
+    whole = torch.randn(8, 2, generator=torch.Generator().manual_seed(3))
+    for rank in (0, 1):
+        with Rows(rank, 2, 4):
+            mine = torch.randn(4, 2, generator=torch.Generator().manual_seed(3))
+            level = torch.randint(9, (1,), generator=torch.Generator().manual_seed(3))
+        assert torch.equal(mine, whole[4 * rank : 4 * rank + 4])
+        assert torch.equal(level, torch.randint(9, (1,), generator=torch.Generator().manual_seed(3)))
+    naive = torch.randn(4, 2, generator=torch.Generator().manual_seed(3))
+    assert not torch.equal(naive, whole[4:])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda g, n: torch.rand(n, generator=g),
+        lambda g, n: torch.rand((n, 1, 2), generator=g),
+        lambda g, n: torch.randint(0, 9, (n,), generator=g),
+        lambda g, n: torch.randint(9, size=(n,), generator=g),
+        lambda g, n: torch.randn(size=(n, 3), generator=g),
+        lambda g, n: torch.multinomial(torch.ones(5), n, replacement=True, generator=g),
+        lambda g, n: torch.multinomial(torch.ones(5), num_samples=n, replacement=True, generator=g),
+    ],
+)
+def test_each_kind_of_draw_is_shared_out(draw):
+    whole = draw(torch.Generator().manual_seed(1), 6)
+    parts = []
+    for rank in range(3):
+        with Rows(rank, 3, 2):
+            parts.append(draw(torch.Generator().manual_seed(1), 2))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_batch_that_cannot_be_shared_is_named():
+    shared = {"slots": [None] * 3, "barrier": None}
+    with pytest.raises(ValueError, match="batch of 8 cannot be shared by 3"):
+        next(iter(SharedBatches(batches("dmd2"), Threads(0, shared))))
+
+
+# breaks off after three steps, then goes on from the folder
+SCRIPT = """
+import sys
+sys.path.insert(0, r"{tests}")
+import conftest, torch, test_headless as t
+from safetensors.torch import save_file
+from accelerate import Accelerator
+from dmd_core.processes import Accelerated
+from dmd_core.drive import DriveConfig, drive
+from dmd_core.runs import Run
+from pathlib import Path
+p = Accelerated(Accelerator(cpu=True))
+assert p.count == 2
+own = t.objective("dmd2")
+run = Run(Path(r"{out}") / "run")
+settings = DriveConfig(save_every=2, snapshot_every=0)
+steps = drive(own, t.batches("dmd2"), t.CONFIG, run, settings, processes=p)
+for progress in steps:
+    if progress.step == 3: break
+steps.close()
+p.share(0)
+own = t.objective("dmd2")
+for progress in drive(own, t.batches("dmd2"), t.CONFIG, run, settings, processes=p): pass
+flat = {{f"{{k}}.{{n}}": q.detach().clone() for k, pl in own.players.items() for n, q in pl.params.items()}}
+save_file(flat, r"{out}/rank%d.safetensors" % p.rank)
+"""
+
+
+@pytest.mark.slow
+def test_two_launched_processes_equal_one_and_resume(tmp_path):
+    from safetensors.torch import load_file
+
+    (tmp_path / "job.py").write_text(SCRIPT.format(tests=ROOT / "tests", out=tmp_path))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    out = subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "job.py")], capture_output=True, text=True, env=env, timeout=1500
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    expected, _ = learn("dmd2")
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"rank{rank}.safetensors")
+        for k, v in expected.items():
+            torch.testing.assert_close(found[k], v, rtol=1e-6, atol=1e-9)
