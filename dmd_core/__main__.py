@@ -22,6 +22,18 @@ def demo(args: argparse.Namespace) -> None:
     )
 
 
+def train(args: argparse.Namespace) -> None:
+    from .headless import train_from
+
+    print(f"the run is in {train_from(args.file, args.resume, say)}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from .weights.doctor import describe
+
+    print(describe(args.file))
+
+
 def say(line: str) -> None:
     # one line that rewrites itself on a terminal, plain lines in a log
     if sys.stderr.isatty():
@@ -39,6 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.set_defaults(run=demo)
+    command = commands.add_parser("train", help="distil as a TOML run file says; also under `accelerate launch -m`")
+    command.add_argument("file", type=Path, metavar="RUN.toml")
+    command.add_argument("--resume", action="store_true", help="go on with the run of that name")
+    command.set_defaults(run=train)
+    command = commands.add_parser("inspect", help="what a checkpoint or LoRA is, and how to sample it")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.set_defaults(run=inspect)
     args = parser.parse_args(argv)
     try:
         args.run(args)
