@@ -29,6 +29,13 @@ def pytest_configure(config):
     config.pluginmanager.register(_RootIsNotAPackage())
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="not run: no CUDA device"))
+
+
 if "dmd_core" not in sys.modules:
     _load("dmd_core", ROOT / "dmd_core")
 
