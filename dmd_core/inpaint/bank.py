@@ -1,0 +1,169 @@
+"""Keys and values of context tokens, kept per noise level and conditioning branch, so that only the hole is computed.
+
+    bank.write(key, slot, k, v, tokens)    rows of these tokens, from a context pass
+    bank.read(key, slot, tokens)           (k, v) of these tokens
+
+A key is (branch, sigma); a slot is an attention call (block, number). Rows are [b heads n d] or [b n d], the token axis
+is the one before the last. Edits write to a draft: accept() moves it into the bank, undo() brings the rows before back.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+GIB = 1024**3
+
+
+class BankFull(RuntimeError):
+    """The bank would need more memory than it may take."""
+
+
+@dataclass
+class Level:
+    have: Tensor  # bool [n]: tokens whose rows are known
+    rows: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)  # slot -> k, v of all n tokens
+
+
+@dataclass
+class Draft:
+    """What the last edit computed for its hole."""
+
+    tokens: Tensor  # indices
+    rows: dict[Hashable, dict[Hashable, tuple[Tensor, Tensor]]] = field(default_factory=dict)  # key -> slot -> k, v
+
+
+class Bank:
+    """fast_gib is taken on the device of the rows, then slow_gib in main memory; beyond that BankFull is raised."""
+
+    def __init__(self, tokens: int, fast_gib: float = 4.0, slow_gib: float = 16.0, undo: int = 4):
+        self.tokens = tokens
+        self.limits = (fast_gib, slow_gib)
+        self.levels: dict[Hashable, Level] = {}
+        self.draft: Draft | None = None
+        self.depth = undo
+        self._history: list[tuple[Draft, dict[Hashable, Tensor]]] = []
+
+    def have(self, keys: list[Hashable]) -> Tensor:
+        """Tokens whose rows are known at all these keys. bool [n]"""
+        found = [self.levels[k].have for k in keys if k in self.levels]
+        if len(found) < len(keys):
+            return torch.zeros(self.tokens, dtype=torch.bool)
+        return torch.stack(found).all(0)
+
+    def write(self, key: Hashable, slot: Hashable, k: Tensor, v: Tensor, tokens: Tensor) -> None:
+        level = self.levels.setdefault(key, Level(torch.zeros(self.tokens, dtype=torch.bool)))
+        if slot not in level.rows:
+            level.rows[slot] = (self._room(k), self._room(v))
+        for kept, new in zip(level.rows[slot], (k, v), strict=True):
+            kept.index_copy_(-2, tokens.to(kept.device), new.to(kept))
+
+    def wrote(self, key: Hashable, tokens: Tensor) -> None:
+        """All slots of these tokens are written: only now do they count as known (a pass can be interrupted)."""
+        self.levels[key].have[tokens.cpu()] = True
+
+    def read(self, key: Hashable, slot: Hashable, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        k, v = (rows.index_select(-2, tokens.to(rows.device)) for rows in self.levels[key].rows[slot])
+        return k.to(device), v.to(device)
+
+    def forget(self, tokens: Tensor) -> None:
+        """These tokens' rows are stale (bool [n]); they are computed again when they are needed."""
+        for level in self.levels.values():
+            level.have &= ~tokens
+
+    def clear(self) -> None:
+        self.levels.clear()
+        self._history.clear()
+        self.draft = None
+
+    # --- edits ---
+
+    def begin(self, tokens: Tensor) -> None:
+        """A new edit of these tokens (indices); an edit before it that was not accepted is dropped."""
+        self.draft = Draft(tokens.cpu())
+
+    def sketch(self, key: Hashable, slot: Hashable, k: Tensor, v: Tensor) -> None:
+        """The edit's own rows, in the order of its tokens."""
+        assert self.draft is not None
+        self.draft.rows.setdefault(key, {})[slot] = (self._kept(k), self._kept(v))
+
+    def accept(self) -> bool:
+        """The last edit becomes part of the context. False where there is none."""
+        if self.draft is None or not self.draft.rows:
+            return False
+        before = Draft(self.draft.tokens)
+        known = {key: level.have.clone() for key, level in self.levels.items()}
+        tokens = self.draft.tokens
+        for key, level in self.levels.items():
+            if key not in self.draft.rows:
+                level.have[tokens] = False  # this noise level saw nothing of the edit
+                continue
+            before.rows[key] = {}
+            for slot, (k, v) in self.draft.rows[key].items():
+                rows = level.rows[slot]
+                before.rows[key][slot] = (
+                    rows[0].index_select(-2, tokens.to(rows[0].device)),
+                    rows[1].index_select(-2, tokens.to(rows[1].device)),
+                )
+                self.write(key, slot, k, v, tokens)
+            self.wrote(key, tokens)
+        self._history = [*self._history, (before, known)][-self.depth :]
+        self.draft = None
+        return True
+
+    def undo(self) -> bool:
+        """The bank as it was before the last accept, to the bit. False where there is nothing to undo."""
+        if not self._history:
+            return False
+        before, known = self._history.pop()
+        for key, slots in before.rows.items():
+            for slot, (k, v) in slots.items():
+                self.write(key, slot, k, v, before.tokens)
+        for key, level in self.levels.items():
+            # levels that came later have no past: what the edit touched is unknown there
+            level.have = known[key] if key in known else _without(level.have, before.tokens)
+        self.draft = None
+        return True
+
+    # --- memory ---
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """(on the rows' device, in main memory); on a machine without another device all is the former."""
+        tensors = [t for level in self.levels.values() for pair in level.rows.values() for t in pair]
+        drafts = [d for d, _ in self._history] + ([self.draft] if self.draft else [])
+        tensors += [t for d in drafts for slots in d.rows.values() for pair in slots.values() for t in pair]
+        fast = sum(t.nbytes for t in tensors if t.device.type != "cpu")
+        total = sum(t.nbytes for t in tensors)
+        return (fast, total - fast) if fast else (total, 0)
+
+    def _place(self, nbytes: int, device: torch.device) -> torch.device:
+        """The rows' device while there is room, then main memory, then an error."""
+        used = self.nbytes
+        fast, slow = (int(limit * GIB) for limit in self.limits)
+        if device.type == "cpu":
+            used, fast, slow = (sum(used), 0), fast + slow, 0
+        if used[0] + nbytes <= fast:
+            return device
+        if used[1] + nbytes <= slow:
+            return torch.device("cpu")
+        raise BankFull(
+            f"the context bank holds {sum(used) / GIB:.2f} GiB and needs {nbytes / GIB:.3f} GiB more, but may take "
+            f"{sum(self.limits):g} GiB; raise its memory, use fewer steps, or use mode 'refresh', which keeps one level"
+        )
+
+    def _room(self, like: Tensor) -> Tensor:
+        shape = list(like.shape)
+        shape[-2] = self.tokens
+        nbytes = like.element_size() * like[..., :1, :].numel() * self.tokens
+        return torch.zeros(shape, dtype=like.dtype, device=self._place(nbytes, like.device))
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        return rows.detach().to(self._place(rows.nbytes, rows.device), copy=True)
+
+
+def _without(have: Tensor, tokens: Tensor) -> Tensor:
+    have = have.clone()
+    have[tokens] = False
+    return have
