@@ -26,6 +26,7 @@ from dmd_core.sliders import (
     embedded,
     find_directions,
     name_of,
+    own_features,
     poles,
 )
 
@@ -126,6 +127,44 @@ def test_ends_get_the_nearest_words():
     assert name_of(2) == "direction 3"
     with pytest.raises(ValueError, match="at least 2 words"):
         poles(high, low, ["red"], lambda w: torch.zeros(1, 3))
+
+
+# --- the model's own features ----------------------------------------------------------------------------------------
+
+
+class Painter(nn.Module):
+    """A convolution and a token layer, as UNets and transformers have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.token = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(5, 6)
+        self.never = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Tensor) -> Tensor:
+        tokens = self.token(self.conv(x).flatten(2).transpose(1, 2))
+        return self.never(tokens).transpose(1, 2).reshape(x.shape)
+
+
+def test_a_models_own_features_tell_pictures_and_places_apart():
+    torch.manual_seed(0)
+    net = Painter().requires_grad_(False)
+    model = Adapted(NetDenoiser(net, Flow(), Prediction.FLOW), AdapterBank(net))
+    see = own_features(model, net, ["conv", "token"], torch.zeros(1, 4), sigma=0.1)
+    x = torch.randn(2, 3, 8, 8, generator=generator())
+    seen = see(x)
+    assert seen.shape == (2, 16 * 5 + 16 * 6)
+    assert torch.equal(seen, see(x))  # one and the same noise
+    torch.testing.assert_close(seen[1:], see(x[1:]))  # whatever the batch
+    assert (see(x.flip(2)) - seen).norm() > 0.1 * seen.norm()  # upside down is another picture
+    y = x.clone().requires_grad_()
+    assert torch.autograd.grad(see(y).square().sum(), y)[0].norm() > 0
+    # an encoder is not to change with the slider that it judges
+    model.bank.new("s", 2, generator())
+    for adapter in model.bank.sets["s"].values():
+        adapter.up.data.fill_(1.0)
+    assert torch.equal(see(x), seen)
+    with pytest.raises(AttributeError, match="nowhere"):
+        own_features(model, net, ["nowhere"], torch.zeros(1, 4), sigma=0.1)(x)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

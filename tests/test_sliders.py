@@ -31,6 +31,7 @@ from dmd_core.sliders import (
     draw_pool,
     embedded,
     from_metadata,
+    random_strengths,
     variations,
 )
 
@@ -201,6 +202,8 @@ def test_attributes_make_rows():
     )
     assert spec.rows()[1] == ["male old person", "female old person"]
     assert [len(r) for r in spec.rows()] == [2, 2, 2]
+    placed = SliderPrompts(neutral="a {}", positive="a large {}", negative="a small {}", attributes=("cat", "dog"))
+    assert placed.rows()[1] == ["a large cat", "a large dog"]
 
 
 @pytest.mark.parametrize(
@@ -506,3 +509,17 @@ def test_a_card_goes_through_a_files_metadata():
         from_metadata({"dmd_slider": "{"})
     with pytest.raises(ValueError, match="not known"):
         replace(made, kind="magic")
+
+
+def test_random_strengths_stay_inside_the_measured_ranges():
+    found = calibrate(responding(lambda s: 2 * s, lambda s: 0.4 * s.clamp_min(0)), "s", AXIS, CalibrationConfig())
+    cards = [card(found, **{**FACTS, "name": n}) for n in ("a", "b")]
+    assert cards[0].usable == (-3.0, 1.0)
+    mixes = random_strengths(cards, 200, generator())
+    drawn = torch.tensor([[m["a"], m["b"]] for m in mixes])
+    assert drawn.min() >= -3
+    assert drawn.max() <= 1
+    assert drawn[:, 0].min() < -2.5
+    assert abs(torch.corrcoef(drawn.T)[0, 1]) < 0.2
+    half = random_strengths(cards, 200, generator(), share=0.5)
+    assert min(m["a"] for m in half) == pytest.approx(drawn[:, 0].min().item() / 2)

@@ -33,7 +33,10 @@ class Words:
 
 @dataclass(frozen=True, kw_only=True)
 class SliderPrompts:
-    """A slider in words; each attribute makes a row of its own ("male", "female": "male person", "female person")."""
+    """A slider in words. Each attribute makes a row of its own: at {} where a prompt has it, else in front.
+
+    "person" with "male" and "female" becomes "male person" and "female person"; "an old {} person" likewise.
+    """
 
     neutral: str
     positive: str
@@ -43,8 +46,8 @@ class SliderPrompts:
 
     def rows(self) -> tuple[list[str], list[str], list[str]]:
         prompts = (self.neutral, self.positive, self.negative)
-        both = [[f"{a} {p}".strip() for a in self.attributes or ("",)] for p in prompts]
-        return both[0], both[1], both[2]
+        neutral, positive, negative = ([_with(a, p) for a in self.attributes or ("",)] for p in prompts)
+        return neutral, positive, negative
 
     def encode(self, encode: Callable[[Sequence[str]], Any]) -> Words:
         """encode: prompts -> conditioning with one row per prompt."""
@@ -55,6 +58,11 @@ class SliderPrompts:
                 "this model; a slider needs two different ends, in words that the text encoder knows"
             )
         return Words(neutral, positive, negative, encode(self.keep) if self.keep else None)
+
+
+def _with(attribute: str, prompt: str) -> str:
+    text = prompt.replace("{}", attribute) if "{}" in prompt else f"{attribute} {prompt}"
+    return " ".join(text.split())
 
 
 def erasing(concept: str, keep: Sequence[str] = ()) -> SliderPrompts:

@@ -12,8 +12,9 @@ from .calibration import (
     bake,
     calibrate,
 )
-from .card import SliderCard, card, from_metadata
+from .card import SliderCard, card, from_metadata, random_strengths
 from .directions import Directions, find_directions, name_of, poles
+from .embedding import own_features
 from .instant import Instant, Joining
 from .pool import VARIATIONS, Pool, PoolBatches, Sampling, draw_pool, embedded, variations
 
@@ -42,6 +43,8 @@ __all__ = [
     "find_directions",
     "from_metadata",
     "name_of",
+    "own_features",
     "poles",
+    "random_strengths",
     "variations",
 ]

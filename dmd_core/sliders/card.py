@@ -1,9 +1,11 @@
 """What is known about a slider, as it travels in its file's metadata."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+import torch
 
 from .calibration import Calibration, Point
 
@@ -78,6 +80,17 @@ def from_metadata(metadata: Mapping[str, str]) -> SliderCard | None:
         raise ValueError(
             f"this file says that it is a slider of this pack, but its card cannot be read ({error}); save it again"
         ) from error
+
+
+def random_strengths(
+    cards: Sequence[SliderCard], n: int, rng: torch.Generator, share: float = 1.0
+) -> list[dict[str, float]]:
+    """n mixes for variety: every slider at random within `share` of its measured range."""
+
+    def draw(low: float, high: float) -> float:
+        return share * (low + (high - low) * float(torch.rand(1, generator=rng, device=rng.device)))
+
+    return [{c.name: draw(*c.usable) for c in cards} for _ in range(n)]
 
 
 def describe(usable: tuple[float, float]) -> str:
