@@ -24,11 +24,18 @@ ADALN = ["adaln", "rms_adaln"]
 _registered: set[str] = set()
 
 
-class KeepNormInputs(TorchFunctionMode):
-    """Flux and LTX add residuals in place, onto the tensor that the norm before has saved for its backward."""
+NORMS = (F.layer_norm, F.rms_norm)
+
+
+class KeepInputs(TorchFunctionMode):
+    """Flux and LTX add residuals in place, onto tensors that the functions before have saved for their backward."""
+
+    def __init__(self, functions: tuple[Callable[..., Any], ...] = NORMS):
+        super().__init__()
+        self.functions = functions
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.layer_norm, F.rms_norm) and args and args[0].requires_grad and torch.is_grad_enabled():
+        if func in self.functions and args and args[0].requires_grad and torch.is_grad_enabled():
             args = (args[0].clone(), *args[1:])
         return func(*args, **(kwargs or {}))
 
@@ -73,6 +80,11 @@ def register_kitchen_backward() -> list[str]:
     return sorted(_registered)
 
 
+def input_savers(net: nn.Module) -> tuple[Callable[..., Any], ...]:
+    """Whose inputs this network overwrites: LTX hands its residual stream to projections too, with no norm between."""
+    return (*NORMS, F.linear) if ".lightricks." in type(net).__module__ else NORMS
+
+
 def has_backward(op: str) -> bool:
     """Another pack, or ComfyUI itself one day, may have been here first."""
     definition = torch._library.custom_ops.OPDEFS.get(op)
@@ -113,16 +125,16 @@ def blocks(net: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def checkpointed(modules: list[nn.Module], contexts: Contexts) -> Iterator[None]:
+def checkpointed(modules: list[nn.Module], contexts: Contexts, wanted: Callable[[], bool]) -> Iterator[None]:
     """The blocks keep only their inputs and run again in backward, under `contexts` (the forward's adapter mix)."""
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(replaced_forward(module, contexts))
+            stack.enter_context(replaced_forward(module, contexts, wanted))
         yield
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, contexts: Contexts) -> Iterator[None]:
+def replaced_forward(module: nn.Module, contexts: Contexts, wanted: Callable[[], bool]) -> Iterator[None]:
     inner, before = module.forward, vars(module).get("forward")
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -130,7 +142,7 @@ def replaced_forward(module: nn.Module, contexts: Contexts) -> Iterator[None]:
         return inner(*map(fresh, args), **{k: fresh(v) for k, v in kwargs.items()})
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and wanted()):
             return inner(*args, **kwargs)
         # options are dicts that the network goes on changing (block_index and the like)
         args = tuple(dict(v) if isinstance(v, dict) else v for v in args)

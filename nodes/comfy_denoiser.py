@@ -27,9 +27,10 @@ from ..dmd_core.adapters import AdapterBank, Targets, linear_layers
 from ..dmd_core.conditioning import Cond
 from ..dmd_core.schedule import EDM, Discrete, Flow, Schedule
 from .comfy_autograd import (
-    KeepNormInputs,
+    KeepInputs,
     blocks,
     checkpointed,
+    input_savers,
     own_weights,
     register_kitchen_backward,
     training_mode,
@@ -81,7 +82,9 @@ class ComfyDenoiser:
             stack.callback(self._unload)
             self.load()
             if self.checkpoint_blocks:
-                stack.enter_context(checkpointed(blocks(self.net), self._recompute_contexts))
+                stack.enter_context(
+                    checkpointed(blocks(self.net), self._recompute_contexts, lambda: self.checkpoint_blocks)
+                )
             self._open = stack.pop_all()
         return self
 
@@ -121,7 +124,7 @@ class ComfyDenoiser:
     def _x0(self, x: Tensor, sigma: Tensor, prepared: Any) -> Tensor:
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
         options["transformer_options"]["sample_sigmas"] = sigma
-        with KeepNormInputs() if torch.is_grad_enabled() else nullcontext():
+        with KeepInputs(input_savers(self.net)) if torch.is_grad_enabled() else nullcontext():
             return comfy.samplers.calc_cond_batch(self.model, [prepared], x, sigma, options)[0]
 
     def _prepared(self, cond: Any, x: Tensor) -> list[tuple[list[int], Any]]:
@@ -147,7 +150,7 @@ class ComfyDenoiser:
     def _recompute_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Backward runs outside of the call, so a recompute sets up again what the call had set up."""
         forward, mix = self.bank.checkpoint_contexts()
-        return forward, Recompute(mix)
+        return forward, Recompute(mix, input_savers(self.net))
 
     def latent_in(self, samples: Tensor) -> Tensor:
         """LATENT samples (what a VAE gives) -> the network's space; a frame axis is added where the family has one."""
@@ -199,16 +202,16 @@ def single(conditioning: Any) -> Cond:
 
 
 class Recompute(AbstractContextManager[None]):
-    """The forward's adapter mix and kept norm inputs; entered once per backward, which retain_graph allows again."""
+    """The forward's adapter mix and kept inputs; entered once per backward, which retain_graph allows again."""
 
-    def __init__(self, mix: AbstractContextManager[Any]):
-        self.mix = mix
+    def __init__(self, mix: AbstractContextManager[Any], savers: tuple[Any, ...]):
+        self.mix, self.savers = mix, savers
         self.stacks: list[ExitStack] = []
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(self.mix)
-            stack.enter_context(KeepNormInputs())
+            stack.enter_context(KeepInputs(self.savers))
             self.stacks.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:

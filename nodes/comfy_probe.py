@@ -24,13 +24,21 @@ def check_trainable(denoiser: ComfyDenoiser, shape: tuple[int, ...], cond: Cond)
     """The relative error of the gradient; a ValueError in one sentence where it is wrong. shape: [1 c ...], small."""
     failed = f"this MODEL ({type(denoiser.model).__name__}) cannot be trained: "
     advice = "; use a model of a family that the pack's documentation lists"
+    checkpoint_blocks = denoiser.checkpoint_blocks
     try:
+        # without recomputation autograd itself notices a saved tensor that was overwritten, in any precision
+        denoiser.checkpoint_blocks = False
         error = probe(denoiser, shape, cond)
+        denoiser.checkpoint_blocks = checkpoint_blocks
+        if checkpoint_blocks:
+            error = max(error, probe(denoiser, shape, cond))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as failure:
         why = str(failure).strip().splitlines()[0].rstrip(".")
         raise ValueError(f"{failed}its backward pass fails ({why}){advice}") from failure
+    finally:
+        denoiser.checkpoint_blocks = checkpoint_blocks
     if error == float("inf"):
         raise ValueError(f"{failed}no finite gradient reaches its layers{advice}")
     exact = denoiser.model.get_dtype_inference() == torch.float32

@@ -39,7 +39,7 @@ def missing() -> str | None:
     return None
 
 
-def run_in_comfy(args: Sequence[str], timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+def run_in_comfy(args: Sequence[str], timeout_s: float = 1800) -> subprocess.CompletedProcess[str]:
     """`python ARGS` in ComfyUI's interpreter with ComfyUI on the path: a script, or ["-m", "pytest", ...]."""
     root = comfy_path()
     if root is None:
@@ -57,7 +57,7 @@ def run_in_comfy(args: Sequence[str], timeout_s: float = 600) -> subprocess.Comp
     return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
-def run_tests_in_comfy(file: Path, *flags: str, timeout_s: float = 600) -> None:
+def run_tests_in_comfy(file: Path, *flags: str, timeout_s: float = 1800) -> None:
     """The `comfy` tests of a file, in ComfyUI's process; fails with their output."""
     config = ["-c", str(PACK / "pyproject.toml"), "--rootdir", str(PACK), "-o", "addopts=--strict-markers"]
     run = run_in_comfy(["-m", "pytest", "-q", "-p", "no:cacheprovider", *config, *flags, str(file)], timeout_s)

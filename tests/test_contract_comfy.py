@@ -33,6 +33,8 @@ else:
     core_conditioning = comfy_host.pack_module("dmd_core.conditioning")
 
     VP, FLOW = (5.0, 0.6), (0.9, 0.3)
+    # in training LTX takes an unfused norm: the last bits differ
+    HOST_TOLERANCE = {"ltxv": 1e-5}
     SIGMAS = {"sd15_eps": VP, "sd15_v": VP, "sdxl": VP}
 
     @torch.inference_mode()
@@ -80,6 +82,7 @@ else:
             sigmas=sigmas,
             conds=singles,
             both=core_conditioning.cat(singles),
+            host_tolerance=HOST_TOLERANCE.get(family, 0.0),
             host=lambda _x, _sigma, cond: reference[id(cond)],
         )
         x, sigma = case.x(), case.sigma()
@@ -129,8 +132,8 @@ else:
         with denoiser, case.sets("on", "other") as params:
             return max(contract.gradient_errors(case, params["on"], {"on": 1.0}, at_backward))
 
-    def test_control_flux_without_kept_norm_inputs_is_silently_wrong(monkeypatch):
-        monkeypatch.setattr(pack, "KeepNormInputs", nullcontext)
+    def test_control_flux_without_kept_inputs_is_silently_wrong(monkeypatch):
+        monkeypatch.setattr(pack, "input_savers", lambda net: ())
         assert errors_of("flux", checkpoint_blocks=True) > 0.02
         with pytest.raises(RuntimeError, match="inplace operation"):
             errors_of("flux", checkpoint_blocks=False)
@@ -144,7 +147,7 @@ else:
         assert error > 0.02
 
     def test_control_checkpointing_that_forgets_the_adapter_mix_is_wrong(monkeypatch):
-        forgetful = lambda self: (nullcontext(), autograd.KeepNormInputs())  # noqa: E731
+        forgetful = lambda self: (nullcontext(), autograd.KeepInputs())  # noqa: E731
         monkeypatch.setattr(pack.ComfyDenoiser, "_recompute_contexts", forgetful)
         assert errors_of("sd3", checkpoint_blocks=True) < 3e-3
         assert errors_of("sd3", checkpoint_blocks=True, at_backward={"other": 1.0}) > 0.02
