@@ -603,7 +603,7 @@ def test_an_unknown_critic_weight_is_named():
 
 
 # --- short runs on a ring of eight Gaussians, whose teacher is exact -------------------------------------------------
-# Measured in_mode, min_share, SW2 for seeds 0 | 1 (| 2) stand beside each bound. Longer runs: test_objectives_slow.py.
+# Measured in_mode, min_share, SW2 for seeds 0 | 1 | 2 stand beside each bound. Longer runs: test_objectives_slow.py.
 
 TARGET = ring(Flow())
 
@@ -638,7 +638,7 @@ def test_one_step_student_covers_the_ring_where_the_one_step_teacher_finds_nothi
     found = {"student": TARGET.measure(draw(dmd2_student(base, TARGET, ONE, steps=600), ONE))}
     found["untrained"] = TARGET.measure(draw(base, ONE))
     found["teacher"] = TARGET.measure(draw(TARGET, ONE))
-    assert passes(found["student"]), found  # .594 .354 .156 | .578 .330 .161
+    assert passes(found["student"]), found  # .594 .354 .156 | .578 .330 .161 | .579 .408 .159
     assert not passes(found["untrained"])
     assert not passes(found["teacher"])
     assert found["teacher"]["modes"] == 0  # SW2 1.42, untrained 1.25
@@ -647,7 +647,7 @@ def test_one_step_student_covers_the_ring_where_the_one_step_teacher_finds_nothi
 
 def test_four_step_student_covers_the_ring():
     found = TARGET.measure(draw(dmd2_student(learned("ring"), TARGET, FOUR, steps=600), FOUR))
-    assert passes(found), found  # .593 .410 .178 | .579 .410 .169
+    assert passes(found), found  # .593 .410 .178 | .579 .410 .169 | .573 .385 .194
 
 
 @pytest.mark.parametrize("control", ["own critic", "swapped x0"])
@@ -655,7 +655,7 @@ def test_a_broken_recipe_fails(control):
     kind, target = (Alone, TARGET) if control == "own critic" else (DMD2, Misread())
     student = dmd2_student(learned("ring"), target, ONE, steps=300, kind=kind)
     found = TARGET.measure(draw(student, ONE))
-    assert not passes(found), found  # own critic .002 0 .957 | .076 0 .894, swapped x0 .000 0 1.40
+    assert not passes(found), found  # own critic SW2 .957 | .894 | 305, swapped x0 1.40 | 1.40 | 1.40
     assert found["modes"] <= 2, found
 
 
@@ -669,5 +669,5 @@ def test_guidance_pulls_towards_the_prompt_and_the_wrong_sign_away_from_it():
             learned("ring"), TARGET, ONE, steps=200, batches=batches, guidance=guidance, negative=negative
         )
         near[guidance] = (torch.cdist(draw(student, ONE, 2048), TARGET.means)[:, 0] < 0.6).double().mean().item()
-    assert near[2.0] > 0.4, near  # .655
-    assert near[-2.0] < 0.05, near
+    assert near[2.0] > 0.4, near  # .655 | .634 | .630
+    assert near[-2.0] < 0.05, near  # .000 | .000 | .000
