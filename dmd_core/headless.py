@@ -25,7 +25,7 @@ from . import methods, probe
 from .adapters import Adapted, AdapterBank
 from .conditioning import Cond
 from .data import Batch, Prompts
-from .denoiser import Guided
+from .denoiser import Denoiser, Guided
 from .drive import Progress, best_snapshot, drive
 from .objectives.dmd2 import DMD2
 from .pairs import Pairs, make_pairs
@@ -36,6 +36,7 @@ from .prompts import PromptCache, fingerprint, parse_prompts, read_prompts
 from .runfile import RunFile, read_run_file
 from .runs import Run, Say, open_run
 from .samplers import sample_euler, sample_restart, start
+from .schedule import Schedule
 from .sheet import sheet
 from .snapshots import Gallery
 from .sources import Source, load_source
@@ -170,8 +171,8 @@ class Job:
 
     # --- looking
 
-    def teacher(self, guidance: float) -> Any:
-        return Guided(Adapted(self.source.denoiser, self.bank, {}), guidance, self.negative)
+    def teacher(self, guidance: float) -> "Teacher":
+        return Teacher(Adapted(self.source.denoiser, self.bank, {}), guidance, self.negative)
 
     def gallery(self) -> Gallery | None:
         samples, decode = self.file.samples, self.source.pictures
@@ -258,6 +259,22 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """The frozen network with guidance; its one negative serves batches of any size."""
+
+    inner: Denoiser
+    scale: float
+    negative: Cond
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.inner.schedule
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+        return Guided(self.inner, self.scale, self.negative.expand(len(x)))(x, sigma, cond)
+
+
+@dataclass(frozen=True)
 class Tuples:
     """Pairs as rectified flow takes them: (x0, cond, eps)."""
 
@@ -281,7 +298,9 @@ def prepare(path: Path, resume: bool, say: Say) -> Job:
             f"[data] batch is {file.data.batch} for {processes.count} processes; it is that of all together, "
             "give a multiple of their number"
         )
-    source = load_source(file.model, device)
+    beside = path.parent / file.model.path
+    is_beside = file.model.path != "shapes" and beside.exists()
+    source = load_source(replace(file.model, path=str(beside)) if is_beside else file.model, device)
     prompts = prompts_of(file, path)
     cache = prompt_cache(file, source)
     if processes.rank == 0:

@@ -12,7 +12,7 @@ from . import shapes
 from .adapters import AdapterBank
 from .conditioning import Cond
 from .denoiser import NetDenoiser
-from .families import Family, detect
+from .families import Family, by_name, detect
 from .prompts import fingerprint
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def diffusers_source(model: "ModelSettings", device: torch.device) -> Source:
     return Source(
         net=bundle.net,
         denoiser=bundle.denoiser,
-        family=detect(bundle.net),
+        family=family_of(bundle.family, bundle.net),
         shape=bundle.latent_shape(size, size),
         device=device,
         encoder=fingerprint(bundle.text_encoders(), bundle.family, size),
@@ -98,3 +98,8 @@ def diffusers_source(model: "ModelSettings", device: torch.device) -> Source:
         checkpoint=bundle.checkpoint_blocks,
         pictures=torch.no_grad()(lambda latents: bundle.to_images(latents).clamp(-1, 1)) if has_vae else None,
     )
+
+
+def family_of(name: str, net: nn.Module) -> Family:
+    """The pipeline names the family, whatever the width of the network; the two kinds of FLUX.1 differ in layers."""
+    return detect(net) if name == "flux" else by_name({"sd21": "sd2"}.get(name, name))
