@@ -156,7 +156,7 @@ class DMD2:
             return probe(schedule, x0, sigma, rng, c.critic_weight)
         ends = torch.tensor([*c.sigmas[k : k + 2], 0.0][:2]).to(x0)
         after = renoise(schedule, x, x0, ends[0], ends[1], None, 0.0) if ends[1] > 0 else x0
-        return probe_above(schedule, after, float(ends[1]), float(ends[0]), rng)
+        return probe_above(schedule, after, float(ends[1]), float(ends[0]), rng, c.critic_weight)
 
     def scores(self, at: Probe, cond: Any) -> tuple[Tensor, Tensor]:
         """Teacher's guided x0 and the critic's, whose difference is the gradient; guidance 1 costs one teacher pass."""

@@ -66,11 +66,14 @@ def probe(schedule: Schedule, x0: Tensor, sigma: Tensor, rng: torch.Generator, k
     return Probe(noised(schedule, x0, sigma, rng), sigma, x0, denoising_weight(kind, sigma))
 
 
-def probe_above(schedule: Schedule, x: Tensor, below: float, above: float, rng: torch.Generator) -> Probe:
+def probe_above(
+    schedule: Schedule, x: Tensor, below: float, above: float, rng: torch.Generator, kind: str = "native"
+) -> Probe:
     """x, a state at level `below` of a trajectory, noised further to a random level under `above` (TDM).
 
     Its distribution is not "clean latents plus noise", so the critic's target is the x0 form of its score: with
-    r = b / a and s^2 = r^2 - r_below^2, x / a - (r^2 / s) eps. The weight s^2 / r^4 makes that an eps-MSE.
+    r = b / a and s^2 = r^2 - r_below^2, x / a - (r^2 / s) eps. Its variance explodes as s falls; s^2 / r^2 in the
+    weight makes up for that, and is 1 for clean latents.
     """
     ends = schedule.timestep(torch.tensor([max(below, SIGMA_FLOOR), above], device=x.device)).to(x)
     # the outer hundredths are left out: there s, or a at sigma 1 of a flow, is zero
@@ -82,7 +85,9 @@ def probe_above(schedule: Schedule, x: Tensor, below: float, above: float, rng: 
     s = (r**2 - r_below**2).sqrt()
     eps = gaussian(x.shape, rng, x.dtype)
     state = x / a_below + expand(s, x) * eps
-    return Probe(expand(a, x) * state, sigma, state - expand(r**2 / s, x) * eps, s**2 / r**4)
+    return Probe(
+        expand(a, x) * state, sigma, state - expand(r**2 / s, x) * eps, denoising_weight(kind, sigma) * s**2 / r**2
+    )
 
 
 def check_sigmas(sigmas: Sequence[float], schedule: Schedule) -> None:
