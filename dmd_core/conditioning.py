@@ -64,6 +64,15 @@ def cat(conds: Sequence[Cond]) -> Cond:
     return Cond(cross, torch.cat(pooled) if pooled else None, extras)
 
 
+def fit(cond: Any, n: int) -> Any:
+    """One prompt (the negative, usually) for n samples; other kinds of conditioning are left to the network."""
+    if isinstance(cond, Cond):
+        return cond.expand(n)
+    if isinstance(cond, Tensor) and len(cond) == 1:
+        return cond.expand(n, *cond.shape[1:])
+    return cond
+
+
 def pad_tokens(tokens: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .conditioning import fit
 from .schedule import Schedule, expand
 
 EDM_SIGMA_DATA = 0.5
@@ -83,7 +84,7 @@ class NetDenoiser:
 
 @dataclass
 class Guided:
-    """Classifier-free guidance is just another denoiser. scale as in KSampler: 1 is none."""
+    """Classifier-free guidance is just another denoiser. scale as in KSampler, 1 is none; one negative serves all."""
 
     inner: Denoiser
     scale: float
@@ -96,5 +97,5 @@ class Guided:
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
         if self.scale == 1:
             return self.inner(x, sigma, cond)
-        positive, negative = self.inner(x, sigma, cond), self.inner(x, sigma, self.negative)
+        positive, negative = self.inner(x, sigma, cond), self.inner(x, sigma, fit(self.negative, len(x)))
         return negative + self.scale * (positive - negative)

@@ -25,7 +25,7 @@ from . import methods, probe
 from .adapters import Adapted, AdapterBank
 from .conditioning import Cond
 from .data import Batch, Prompts
-from .denoiser import Denoiser, Guided
+from .denoiser import Guided
 from .drive import Progress, best_snapshot, drive
 from .objectives.dmd2 import DMD2
 from .pairs import Pairs, make_pairs
@@ -36,7 +36,6 @@ from .prompts import PromptCache, fingerprint, parse_prompts, read_prompts
 from .runfile import RunFile, read_run_file
 from .runs import Run, Say, open_run
 from .samplers import sample_euler, sample_restart, start
-from .schedule import Schedule
 from .sheet import sheet
 from .snapshots import Gallery
 from .sources import Source, load_source
@@ -171,8 +170,8 @@ class Job:
 
     # --- looking
 
-    def teacher(self, guidance: float) -> "Teacher":
-        return Teacher(Adapted(self.source.denoiser, self.bank, {}), guidance, self.negative)
+    def teacher(self, guidance: float) -> Guided:
+        return Guided(Adapted(self.source.denoiser, self.bank, {}), guidance, self.negative)
 
     def gallery(self) -> Gallery | None:
         samples, decode = self.file.samples, self.source.pictures
@@ -231,14 +230,11 @@ class Job:
 
     # --- result
 
-    def export(self) -> Path | None:
-        """The best snapshot as a LoRA file that ComfyUI loads."""
-        chosen = best_snapshot(self.run)
-        if chosen is None or self.run.states() == []:
-            return None
+    def recipe(self, data: str) -> Recipe:
+        """How this student is sampled; data: what it was trained on."""
         schedule, sigmas = self.source.denoiser.schedule, self.method.sigmas
         vp = self.source.family.betas is not None
-        recipe = Recipe(
+        return Recipe(
             family=self.source.family.name,
             objective=self.file.method.name,
             steps=len(sigmas),
@@ -249,29 +245,20 @@ class Job:
             prediction=self.source.denoiser.prediction.value,
             base=Path(self.file.model.path).name,
             rank=self.file.lora.rank,
-            trained_on=f"{len(self.prompts)} prompts, {chosen.name}",
+            trained_on=data,
         )
+
+    def export(self) -> Path | None:
+        """The best snapshot as a LoRA file that ComfyUI loads."""
+        chosen = best_snapshot(self.run)
+        if chosen is None or self.run.states() == []:
+            return None
+        recipe = self.recipe(f"{len(self.prompts)} prompts, {chosen.name}")
         names = [n for n, _ in self.source.net.named_modules()]
         state = load_file(chosen / "student.safetensors")
         path = save_lora(self.run.path / "lora", self.run.name, state, names, family=self.source.family, recipe=recipe)
         self.say(f"the student of {chosen.name} is in {path}")
         return path
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The frozen network with guidance; its one negative serves batches of any size."""
-
-    inner: Denoiser
-    scale: float
-    negative: Cond
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.inner.schedule
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        return Guided(self.inner, self.scale, self.negative.expand(len(x)))(x, sigma, cond)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conditioning import Cond
+from .conditioning import fit
 from .denoiser import Denoiser
 from .samplers import sample_euler, start
 from .schedule import add_noise
@@ -128,9 +128,3 @@ def refuse(found: Probed, guidance: float) -> None:
     reasons = complaints(found, guidance)
     if reasons:
         raise ValueError(f"this model cannot be the teacher: {'; '.join(reasons)}")
-
-
-def fit(cond: Any, n: int) -> Any:
-    if isinstance(cond, Cond):
-        return cond.expand(n)
-    return cond.expand(n, *cond.shape[1:]) if isinstance(cond, Tensor) else cond

@@ -70,3 +70,13 @@ def test_guidance_is_an_extrapolation_and_scale_one_calls_the_network_once():
     assert Guided(inner, 3.0, 1.0)(x, sigma, 2.0).tolist() == [[4.0, 4.0]]
     assert Guided(inner, 1.0, 1.0)(x, sigma, 2.0).tolist() == [[2.0, 2.0]]
     assert calls == [2.0, 1.0, 2.0]
+
+
+def test_one_negative_serves_any_batch():
+    def inner(x, sigma, cond):
+        assert len(cond) == len(x)
+        return cond
+
+    inner.schedule = Flow()
+    out = Guided(inner, 2.0, torch.zeros(1, 2))(torch.zeros(3, 2), torch.ones(3), torch.ones(3, 2))
+    assert torch.equal(out, torch.full((3, 2), 2.0))

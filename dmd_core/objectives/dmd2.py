@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
+from ..conditioning import fit
 from ..data import Batch
 from ..denoiser import Denoiser
 from ..discriminators import Discriminator, verdict
@@ -17,7 +18,6 @@ from .generation import (
     SIGMA_FLOOR,
     Probe,
     check_sigmas,
-    fit,
     noise_levels,
     noised,
     probe,

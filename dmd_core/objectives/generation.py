@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import Cond
 from ..data import Batch
 from ..denoiser import Denoiser
 from ..samplers import sample_restart, start
@@ -99,15 +97,6 @@ def check_sigmas(sigmas: Sequence[float], schedule: Schedule) -> None:
             f"student sigmas are {tuple(sigmas)}; give one or more falling values above 0 and up to "
             f"{schedule.sigma_max:g}, without the final 0"
         )
-
-
-def fit(cond: Any, n: int) -> Any:
-    """One prompt (the negative, usually) for n samples; other kinds of conditioning are left to the network."""
-    if isinstance(cond, Cond):
-        return cond.expand(n)
-    if isinstance(cond, Tensor) and len(cond) == 1:
-        return cond.expand(n, *cond.shape[1:])
-    return cond
 
 
 def student_input(

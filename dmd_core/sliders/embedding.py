@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..conditioning import fit
 from ..denoiser import Denoiser
 from ..features import features
-from ..objectives.generation import fit
 from ..schedule import add_noise
 
 CELLS = 16  # places that a layer's output is averaged to: enough to tell where something is

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..conditioning import fit
 from ..denoiser import Denoiser
-from ..objectives.generation import fit
 from ..schedule import Schedule
 
 

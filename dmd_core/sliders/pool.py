@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, Guided
-from ..objectives.generation import fit
 from ..objectives.sliding import count, pick
 from ..samplers import sample_restart, start
 from ..train import mix
@@ -74,7 +73,7 @@ class Sampling:
             return torch.stack([torch.randn(self.shape, generator=g) for g in rngs]).to(device)
 
         if self.guidance != 1:
-            denoiser = Guided(denoiser, self.guidance, fit(self.negative, len(seeds)))
+            denoiser = Guided(denoiser, self.guidance, self.negative)
         levels = torch.tensor([*self.sigmas, 0.0], device=device)
         x = start(denoiser.schedule, draw(), levels[0])
         return sample_restart(denoiser, x, levels, cond, draw, self.gamma)
