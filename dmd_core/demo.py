@@ -27,7 +27,8 @@ from .trainstate import TrainState
 from .weights.lora import save_lora
 from .weights.recipe import Recipe
 
-LATENT = (16, 16, 16)  # of a picture of 128 pixels
+SIDE = shapes.world.CANVAS // shapes.autoencoder.FACTOR
+LATENT = (shapes.autoencoder.CHANNELS, SIDE, SIDE)
 SIGMAS = {1: (1.0,), 4: (1.0, 0.75, 0.5, 0.25)}
 FACTORS = ("radius", "x", "y", "angle", "light")  # continuous ones, of the first object
 

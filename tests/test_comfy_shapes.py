@@ -79,7 +79,8 @@ else:
         (uncond,) = encode.encode(clip, negative)
         for seed, prompt in enumerate(prompts):
             (cond,) = encode.encode(clip, prompt)
-            latent = {"samples": torch.zeros(1, 16, 16, 16)}
+            side = shapes.world.CANVAS // 8
+            latent = {"samples": torch.zeros(1, 16, side, side)}
             (out,) = nodes.common_ksampler(model, seed, steps, cfg, sampler, "simple", cond, uncond, latent)
             images.append(vae.decode(out["samples"]))
         return torch.cat(images).movedim(-1, 1) * 2 - 1
