@@ -1,6 +1,7 @@
 """RUN.toml into frozen dataclasses: defaults are those of the classes, a mistake is named with what is accepted."""
 
 import difflib
+import json
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -138,6 +139,35 @@ def parse_run_file(text: str, where: Path = Path(".")) -> RunFile:
         read = read_method if name == "method" else read_table
         found[name] = read(types_[name], table, f"[{name}]")
     return RunFile(**found)
+
+
+def write_run_file(file: RunFile) -> str:
+    """The same as TOML: read back it gives an equal RunFile. Settings at their defaults are written too."""
+    tables = []
+    for table in fields(RunFile):
+        if table.name == "where":
+            continue
+        settings = getattr(file, table.name)
+        values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "options"}
+        values |= dict(getattr(settings, "options", {}))
+        lines = [f"{key} = {toml_value(value)}" for key, value in values.items()]
+        tables.append("\n".join([f"[{table.name}]", *lines]))
+    return "\n\n".join(tables) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's; only DEL has to be escaped besides
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(toml_value(v) for v in value)}]"
+    if isinstance(value, float):
+        return repr(value) if value - value == 0 else {"inf": "inf", "-inf": "-inf"}.get(str(value), "nan")
+    return str(value)
 
 
 def read_method(_cls: type, table: Mapping[str, Any], where: str) -> MethodSettings:
