@@ -27,6 +27,15 @@ class Level:
 
 
 @dataclass
+class Past:
+    """What undo needs: the rows that an accept replaced, what was known then, and what was computed anew since."""
+
+    rows: "Draft"
+    known: dict[Hashable, Tensor]
+    fresh: Tensor  # bool [n]
+
+
+@dataclass
 class Draft:
     """What the last edit computed for its hole."""
 
@@ -43,7 +52,7 @@ class Bank:
         self.levels: dict[Hashable, Level] = {}
         self.draft: Draft | None = None
         self.depth = undo
-        self._history: list[tuple[Draft, dict[Hashable, Tensor]]] = []
+        self._history: list[Past] = []
 
     def have(self, keys: list[Hashable]) -> Tensor:
         """Tokens whose rows are known at all these keys. bool [n]"""
@@ -52,6 +61,7 @@ class Bank:
             return torch.zeros(self.tokens, dtype=torch.bool)
         return torch.stack(found).all(0)
 
+    @torch.inference_mode()  # rows come from inference, which nothing else may change in place
     def write(self, key: Hashable, slot: Hashable, k: Tensor, v: Tensor, tokens: Tensor) -> None:
         level = self.levels.setdefault(key, Level(torch.zeros(self.tokens, dtype=torch.bool)))
         if slot not in level.rows:
@@ -59,14 +69,18 @@ class Bank:
         for kept, new in zip(level.rows[slot], (k, v), strict=True):
             kept.index_copy_(-2, tokens.to(kept.device), new.to(kept))
 
+    @torch.inference_mode()
     def wrote(self, key: Hashable, tokens: Tensor) -> None:
         """All slots of these tokens are written: only now do they count as known (a pass can be interrupted)."""
         self.levels[key].have[tokens.cpu()] = True
+        for past in self._history:
+            past.fresh[tokens.cpu()] = True
 
     def read(self, key: Hashable, slot: Hashable, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         k, v = (rows.index_select(-2, tokens.to(rows.device)) for rows in self.levels[key].rows[slot])
         return k.to(device), v.to(device)
 
+    @torch.inference_mode()
     def forget(self, tokens: Tensor) -> None:
         """These tokens' rows are stale (bool [n]); they are computed again when they are needed."""
         for level in self.levels.values():
@@ -88,6 +102,7 @@ class Bank:
         assert self.draft is not None
         self.draft.rows.setdefault(key, {})[slot] = (self._kept(k), self._kept(v))
 
+    @torch.inference_mode()
     def accept(self) -> bool:
         """The last edit becomes part of the context. False where there is none."""
         if self.draft is None or not self.draft.rows:
@@ -107,22 +122,23 @@ class Bank:
                     rows[1].index_select(-2, tokens.to(rows[1].device)),
                 )
                 self.write(key, slot, k, v, tokens)
-            self.wrote(key, tokens)
-        self._history = [*self._history, (before, known)][-self.depth :]
+            level.have[tokens] = True
+        self._history = [*self._history, Past(before, known, torch.zeros(self.tokens, dtype=torch.bool))][-self.depth :]
         self.draft = None
         return True
 
+    @torch.inference_mode()
     def undo(self) -> bool:
         """The bank as it was before the last accept, to the bit. False where there is nothing to undo."""
         if not self._history:
             return False
-        before, known = self._history.pop()
-        for key, slots in before.rows.items():
+        past = self._history.pop()
+        for key, slots in past.rows.rows.items():
             for slot, (k, v) in slots.items():
-                self.write(key, slot, k, v, before.tokens)
+                self.write(key, slot, k, v, past.rows.tokens)
         for key, level in self.levels.items():
-            # levels that came later have no past: what the edit touched is unknown there
-            level.have = known[key] if key in known else _without(level.have, before.tokens)
+            # a level that came later, or a row computed since, belongs to the picture after the edit
+            level.have = past.known[key] & ~past.fresh if key in past.known else torch.zeros_like(level.have)
         self.draft = None
         return True
 
@@ -132,7 +148,7 @@ class Bank:
     def nbytes(self) -> tuple[int, int]:
         """(on the rows' device, in main memory); on a machine without another device all is the former."""
         tensors = [t for level in self.levels.values() for pair in level.rows.values() for t in pair]
-        drafts = [d for d, _ in self._history] + ([self.draft] if self.draft else [])
+        drafts = [past.rows for past in self._history] + ([self.draft] if self.draft else [])
         tensors += [t for d in drafts for slots in d.rows.values() for pair in slots.values() for t in pair]
         fast = sum(t.nbytes for t in tensors if t.device.type != "cpu")
         total = sum(t.nbytes for t in tensors)
@@ -161,9 +177,3 @@ class Bank:
 
     def _kept(self, rows: Tensor) -> Tensor:
         return rows.detach().to(self._place(rows.nbytes, rows.device), copy=True)
-
-
-def _without(have: Tensor, tokens: Tensor) -> Tensor:
-    have = have.clone()
-    have[tokens] = False
-    return have
