@@ -62,6 +62,12 @@ def test_dmd2_keeps_the_shares_of_an_unequal_mixture():
     assert not covers(measured(target, ONE, target), 0.8, 0.6, 0.25, modes=3)  # the one-step teacher: no mode
 
 
+def test_dmd2_with_gan():
+    options = {"heads": True, "gan_weight": 0.05, "gan_critic_weight": 0.1}
+    found = measured(dmd2_student(learned("ring"), TARGET, ONE, steps=800, **options), ONE)
+    assert covers(found, 0.5, 0.2, 0.25), found  # .618 .340 .162
+
+
 def test_dmd_with_pairs():
     student = dmd2_student(
         learned("ring"), TARGET, ONE, steps=600, batches=pairs("ring"), kind=DMD, config=DMDConfig, critic_updates=1
