@@ -30,8 +30,8 @@ def sheet(
         raise ValueError(f"a sheet takes rows [n 3 h w], got {[list(r.shape) for r in rows]}; give at least one row")
     if row_labels and len(row_labels) != len(rows):
         raise ValueError(f"{len(row_labels)} row labels for {len(rows)} rows; give one per row or none")
-    font = ImageFont.load_default(size=max(11, cell // 9))
-    line = round(font.size * 1.25)
+    size = max(11, cell // 9)
+    font, line = ImageFont.load_default(size=size), round(size * 1.25)
     columns = max(len(r) for r in rows)
     heads = [_wrap(label, font, cell) for label in column_labels[:columns]]
     sides = [_wrap(label, font, round(cell * 1.1)) for label in row_labels]

@@ -1,4 +1,4 @@
-"""The embedded world: pictures of shapes, their captions, and small trained networks, so that everything runs with no download."""
+"""The embedded world: pictures of shapes, captions, small trained networks. Everything here runs with no download."""
 
 from collections.abc import Mapping
 from pathlib import Path

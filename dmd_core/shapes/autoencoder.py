@@ -1,4 +1,4 @@
-"""A 16-channel autoencoder in the tiny-VAE layout that ComfyUI's stock VAELoader reads, computed at the cost of a much smaller one."""
+"""A 16-channel autoencoder in the tiny-VAE layout that ComfyUI reads, computed at the cost of a smaller one."""
 
 from collections.abc import Mapping
 
@@ -9,12 +9,12 @@ CHANNELS = 16
 FACTOR = 8  # pixels per latent pixel
 FULL = 64  # channels of every layer in the layout
 
-# ComfyUI's Flux latent format maps a latent to (latent - shift) * scale before the model. Dividing by the same scale and
-# adding the same shift here makes what the model sees exactly the encoder's output, which training holds at mean 0, std 1.
+# ComfyUI's Flux latent format maps a latent to (latent - shift) * scale before the model. Dividing by the same scale
+# and adding the same shift here makes what the model sees exactly the encoder's output: about mean 0, std 1.
 VAE_SCALE, VAE_SHIFT = 0.3611, 0.1159
 
-# The layout fixes 64 channels and thirteen residual blocks. Flat shapes need fewer: channels beyond these widths are zero
-# in the file, blocks not named here have zero weights, and a zero block computes relu(x + 0). So we run the small network.
+# The layout fixes 64 channels and twenty residual blocks. Flat shapes need fewer: channels beyond these widths are zero
+# in the file, blocks not named here have zero weights, and a zero block computes relu(x + 0). So we run the small net.
 ENCODER_WIDTHS = {0: 16, 2: 32, 6: 64, 10: 64}  # layer index -> channels that it writes
 DECODER_WIDTHS = {1: 64, 7: 64, 12: 32, 17: 16}
 ENCODER_BLOCKS = (7, 8, 11, 12)
@@ -74,7 +74,8 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.taesd_encoder = encoder(full)
         self.taesd_decoder = decoder(full)
-        self.to(memory_format=torch.channels_last)  # twice as fast on CPUs
+        # twice as fast on CPUs
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def encode(self, images: Tensor) -> Tensor:
         return self.taesd_encoder(_last(images * 0.5 + 0.5)).contiguous()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from ..trainstate import TrainState, save_atomic
 from . import autoencoder, stages
 
 # name: (steps, seed), in the order in which each needs the ones before
-STAGES = {"autoencoder": (3850, 11), "recogniser": (4200, 12), "text": (1500, 13), "teacher": (12000, 14)}
+PROCESSES = 2
+STAGES = {"autoencoder": (5500, 11), "recogniser": (4800, 12), "text": (1500, 13), "teacher": (16000, 14)}
 log = logging.getLogger(__name__)
 
 
@@ -49,6 +51,15 @@ def build_text(out: Path, steps: int, seed: int) -> None:
 
 
 def build_teacher(out: Path, steps: int, seed: int) -> None:
+    """Two processes of one thread each: on small networks that is nearly twice as fast as one of two threads."""
+    with tempfile.TemporaryDirectory() as meeting:
+        torch.multiprocessing.spawn(_teacher_process, (out, steps, seed, f"file://{meeting}/point"), PROCESSES)
+
+
+def _teacher_process(rank: int, out: Path, steps: int, seed: int, meeting: str) -> None:
+    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=PROCESSES)
     saved = out / "teacher_run" / "state.safetensors"
 
     def keep(state: TrainState) -> None:
@@ -57,7 +68,8 @@ def build_teacher(out: Path, steps: int, seed: int) -> None:
 
     vae = shapes.load_autoencoder(path(out, shapes.AUTOENCODER))
     encoder = shapes.load_text_encoder(path(out, shapes.TEXT_ENCODER))
-    stages.train_teacher(vae, encoder, steps, seed, keep, saved)
+    stages.train_teacher(vae, encoder, steps, seed, keep, saved, rank)
+    torch.distributed.destroy_process_group()
 
 
 BUILDERS = dict(zip(STAGES, (build_autoencoder, build_recogniser, build_text, build_teacher), strict=True))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import world
-from .world import COLOURS, SHAPES, TEXTURES, Scene
+from .world import COLOURS, SHAPES, Scene
 
 FREE = -1  # a factor that a caption leaves open
 SIZES, TILTS, SIDES, HEIGHTS, LIGHTS = (
@@ -18,8 +18,8 @@ SIZES, TILTS, SIDES, HEIGHTS, LIGHTS = (
     ("dark", "light"),
 )
 WORDS = (
-    *("a", "an", "thing", "at", "the", "of", "on", "background"),
-    *(*SHAPES, *COLOURS, *TEXTURES, *SIZES, *TILTS, *SIDES, *HEIGHTS, *LIGHTS),
+    *("a", "an", "thing", "of", "on"),
+    *(*SHAPES, *COLOURS, *SIZES, *TILTS, *SIDES, *HEIGHTS, *LIGHTS),
 )
 # What can be named. Names that end in 2 are of the right one of two objects.
 FACTORS = {
@@ -28,7 +28,6 @@ FACTORS = {
     "colour": COLOURS,
     "shape2": SHAPES,
     "colour2": COLOURS,
-    "texture": TEXTURES,
     "size": SIZES,
     "tilt": TILTS,
     "side": SIDES,
@@ -39,7 +38,6 @@ FACTORS = {
 SAID = {
     "shape": 0.95,
     "colour": 0.90,
-    "texture": 0.5,
     "size": 0.4,
     "tilt": 0.4,
     "side": 0.5,
@@ -64,19 +62,17 @@ def _sentence(fact: dict[str, int], chance: list[float], flip: bool) -> str:
         return [FACTORS[key][fact[key]]] if said else []
 
     def noun(slot: int) -> list[str]:
-        return (
-            word("colour", slot) + (word("texture") if not fact["count"] else []) + (word("shape", slot) or ["thing"])
-        )
+        return word("colour", slot) + (word("shape", slot) or ["thing"])
 
     words = ["a"]
     if fact["count"]:
-        words += noun(1) + ["right", "of", "a"] + noun(0) if flip else noun(0) + ["left", "of", "a"] + noun(1)
+        words += [*noun(1), "right", "of", "a", *noun(0)] if flip else [*noun(0), "left", "of", "a", *noun(1)]
     else:
         words += word("size") + word("tilt") + noun(0)
         place = word("height") + word("side")
-        words += ["at", "the", *place] if place else []
+        words += place
     light = word("light")
-    words += ["on", "a", *light, "background"] if light else []
+    words += ["on", *light] if light else []
     return " ".join(
         "an" if w == "a" and after == "orange" else w for w, after in zip(words, [*words[1:], ""], strict=True)
     )
@@ -98,7 +94,6 @@ def _clear(scene: Scene) -> dict[str, Tensor]:
         "colour": scene.colour[:, 0],
         "shape2": torch.where(two, scene.shape[:, 1], free),
         "colour2": torch.where(two, scene.colour[:, 1], free),
-        "texture": torch.where(two, free, scene.texture[:, 0]),
         "size": either(radius < world.SMALL, radius > world.LARGE),
         "tilt": torch.where(_round(scene), free, tilt),
         "side": either(x < -world.ASIDE, x > world.ASIDE),
@@ -121,7 +116,6 @@ def shown(scene: Scene) -> dict[str, Tensor]:
         "colour": scene.colour[:, 0],
         "shape2": scene.shape[:, 1],
         "colour2": scene.colour[:, 1],
-        "texture": scene.texture[:, 0],
         "light": (scene.light > world.LIGHT_SPLIT).long(),
         **{k: v[:, 0].long() for k, v in first.items()},
     }

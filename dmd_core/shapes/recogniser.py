@@ -1,4 +1,4 @@
-"""Reads a picture's factors back. Frozen before the teacher is trained and never part of a loss: the world's measure."""
+"""Reads a picture's factors back: the world's measure. Frozen before the teacher is trained, never in a loss."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .world import COLOURS, PLACE, ROUND, SHAPES, TEXTURES, TILT, Scene
+from .world import CANVAS, COLOURS, ROUND, SHAPES, TEXTURES, TILT, Scene
 
 FEATURES = 64
 # head -> number of classes
@@ -19,11 +19,11 @@ CLASSES = {
     "colour2": len(COLOURS),
 }
 # continuous outputs -> what one unit of the raw output means
-UNITS = {"radius": 0.5, "x": PLACE, "y": PLACE, "angle": TILT, "light": 1.0, "radius2": 0.5, "x2": PLACE, "y2": PLACE}
+UNITS = {"radius": 0.5, "x": 0.42, "y": 0.42, "angle": TILT, "light": 1.0, "radius2": 0.5, "x2": 0.42, "y2": 0.42}
 
 
 class Recogniser(nn.Module):
-    """A small convolutional net; pictures of other sizes are resized to 128 pixels."""
+    """A small convolutional net; pictures of other sizes are resized to the canvas."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,17 +31,15 @@ class Recogniser(nn.Module):
         def layer(before: int, after: int, stride: int = 2) -> list[nn.Module]:
             return [nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU()]
 
-        self.body = nn.Sequential(
-            nn.PixelUnshuffle(2), *layer(12, 32), *layer(32, 64), *layer(64, 96, stride=1), *layer(96, 128)
-        )
+        self.body = nn.Sequential(*layer(3, 32), *layer(32, 64), *layer(64, 96, stride=1), *layer(96, 128))
         # positions matter, so the last map is flattened, not averaged
         self.neck = nn.Sequential(nn.Conv2d(128, 32, 1), nn.SiLU(), nn.Flatten(), nn.Linear(32 * 64, FEATURES))
         self.heads = nn.Linear(FEATURES, sum(CLASSES.values()) + len(UNITS))
 
     def features(self, images: Tensor) -> Tensor:
         """[b 3 h w] in -1..1 -> [b 64]"""
-        if images.shape[-2:] != (128, 128):
-            images = F.interpolate(images, (128, 128), mode="bilinear", antialias=True)
+        if images.shape[-2:] != (CANVAS, CANVAS):
+            images = F.interpolate(images, (CANVAS, CANVAS), mode="bilinear", antialias=True)
         return self.neck(self.body(images.clamp(-1, 1).contiguous(memory_format=torch.channels_last)))
 
     def forward(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -87,4 +85,5 @@ class Recogniser(nn.Module):
 def from_state(state: Mapping[str, Tensor]) -> Recogniser:
     model = Recogniser()
     model.load_state_dict({k: v.float() for k, v in state.items()})
-    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,40 +44,43 @@ def fit(
             log.info("%s step %d loss %.5f (%.0f s)", name, step + 1, average, time.perf_counter() - began)
 
 
-def crops(scene: world.Scene, rng: torch.Generator, size: int = 64) -> Tensor:
-    """Pieces of rendered pictures that show some of an object. [b 3 size size]"""
-    images = world.render(scene)
+def views(n: int, rng: torch.Generator, textured: float) -> Tensor:
+    """Mostly whole pictures; a quarter are pieces of ones twice as large that show some of an object. [n 3 64 64]"""
+    scene, size = world.sample(n // 4, rng, textured=textured), world.CANVAS
+    images = world.render(scene, 2 * size)
     slot = (torch.rand(len(scene), generator=rng) * scene.count).long()
     rows = torch.arange(len(scene))
-    room = images.shape[-1] - size
 
     def start(centre: Tensor) -> list[int]:
-        middle = (centre[rows, slot] + 1) / 2 * images.shape[-1]
+        middle = (centre[rows, slot] + 1) * size
         jitter = torch.randint(-size // 2, size // 2 + 1, (len(scene),), generator=rng)
-        return (middle - size / 2 + jitter).round().clamp(0, room).long().tolist()
+        return (middle - size / 2 + jitter).round().clamp(0, size).long().tolist()
 
-    return torch.stack(
-        [im[:, t : t + size, s : s + size] for im, t, s in zip(images, start(scene.y), start(scene.x), strict=True)]
-    )
+    corners = zip(images, start(scene.y), start(scene.x), strict=True)
+    pieces = [image[:, top : top + size, left : left + size] for image, top, left in corners]
+    return torch.cat([world.render(world.sample(n - n // 4, rng, textured=textured)), torch.stack(pieces)])
 
 
 def train_autoencoder(steps: int, seed: int) -> Autoencoder:
     torch.manual_seed(seed)  # initial weights only; every draw below has its generator
     rng = torch.Generator().manual_seed(seed)
     model = Autoencoder()
+    noise = 0.08
 
     def loss(step: int) -> Tensor:
-        images = crops(world.sample(32, rng), rng)
+        images = views(32, rng, textured=0.5 if noise < 0.1 else 0.2)
         latents = model.encode(images).float()
-        # a little noise makes neighbouring latents decode to neighbouring pictures: what a diffusion model needs
-        noisy = latents + 0.08 * torch.randn(latents.shape, generator=rng)
-        error = model.decode(noisy).float() - images
+        # noise spreads what an edge is over neighbouring latents, so that a decoder forgives what a model gets slightly
+        # wrong, and a small diffusion model learns them sooner
+        amount = noise * (1 if noise < 0.1 else torch.rand(len(latents), 1, 1, 1, generator=rng))
+        error = model.decode(latents + amount * torch.randn(latents.shape, generator=rng)).float() - images
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         return error.abs().mean() + 4 * error.square().mean() + 0.02 * (mean.square() + (std - 1).square()).mean()
 
-    # the learning rate falls to zero twice: the second time sharpens edges
-    fit(model.parameters(), loss, steps * 5 // 8, 2e-3, "autoencoder")
-    fit(model.parameters(), loss, steps - steps * 5 // 8, 1.5e-3, "autoencoder, again")
+    fit(model.parameters(), loss, steps // 2, 2e-3, "autoencoder")
+    fit(model.parameters(), loss, steps * 3 // 10, 1.5e-3, "autoencoder, sharper")
+    noise = 0.4
+    fit(model.parameters(), loss, steps * 2 // 10, 1.2e-3, "autoencoder, under noise")
     return model.eval().requires_grad_(False)
 
 
@@ -84,17 +88,18 @@ def train_recogniser(autoencoder: Autoencoder, steps: int, seed: int) -> Recogni
     """On clean pictures and on ones that went through the autoencoder, each with mild noise and blur."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
-    model = Recogniser().to(memory_format=torch.channels_last)
-    pool = world.sample(4096, rng)
+    model = Recogniser()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pool = world.sample(8192, rng, textured=0.3)
     passed = torch.cat([_round_trip(autoencoder, pool.take(part)) for part in torch.arange(len(pool)).split(64)])
     log.info("recogniser: %d pictures went through the autoencoder", len(pool))
 
     def loss(step: int) -> Tensor:
         if step % 2:
-            scene = world.sample(48, rng)
+            scene = world.sample(64, rng, textured=0.3)
             images = world.render(scene)
         else:
-            index = torch.randint(len(pool), (48,), generator=rng)
+            index = torch.randint(len(pool), (64,), generator=rng)
             scene, images = pool.take(index), passed[index].float() / 127.5 - 1
         return model.loss(worsen(images, rng), scene)
 
@@ -110,11 +115,11 @@ def _round_trip(autoencoder: Autoencoder, scene: world.Scene) -> Tensor:
 
 
 def worsen(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Noise of up to 5 % on every picture, a three-pixel blur on a quarter of them."""
-    amount = 0.1 * torch.rand(len(images), 1, 1, 1, generator=rng)
-    blur = torch.rand(len(images), generator=rng) < 0.25
+    """Noise of up to 3 % on every picture, a light blur on one in eight."""
+    amount = 0.06 * torch.rand(len(images), 1, 1, 1, generator=rng)
+    blur = torch.rand(len(images), generator=rng) < 0.125
     images = images.clone()
-    images[blur] = F.avg_pool2d(images[blur], 3, 1, 1, count_include_pad=False)
+    images[blur] = (images[blur] + F.avg_pool2d(images[blur], 3, 1, 1, count_include_pad=False)) / 2
     return images + amount * torch.randn(images.shape, generator=rng)
 
 
@@ -169,22 +174,36 @@ def train_teacher(
     seed: int,
     keep: Callable[[TrainState], None],
     saved: Path,
+    rank: int = 0,
 ) -> TrainState:
-    """Our own rectified flow: logit-normal times, caption dropout, EMA. `keep` sees the state every 500 steps; goes on from `saved`."""
+    """Our own rectified flow: logit-normal times, caption dropout, EMA. Goes on from `saved`.
+
+    `keep` sees the state every 500 steps. Where torch.distributed runs, gradients are averaged over its processes.
+    """
     torch.manual_seed(seed)
     model = teacher.initialise(teacher.Teacher())
-    config = RectifiedFlowConfig(lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.0, ema=0.999)
+    config = RectifiedFlowConfig(lr=1.5e-3, betas=(0.9, 0.99), ema=0.999)
     objective = RectifiedFlow(teacher.denoiser(model), dict(model.named_parameters()), config)
-    loop = TrainConfig(steps=steps, seed=seed, warmup=300, cooldown=0.6, precision="bf16")
+    loop = TrainConfig(steps=steps, seed=seed + rank, warmup=300, cooldown=0.6, precision="bf16")
     state = TrainState(objective, loop)
     if saved.exists():
-        state.load(saved)
-    batches = Latents(autoencoder, encoder, batch=32, seed=seed, chunk=4096, reuse=8)
+        # every process but the first has another seed, hence another hash
+        state.load(saved, allow_other_config=True)
+    batches = Latents(autoencoder, encoder, batch=32, seed=seed + 100 * rank, chunk=4096, reuse=4)
     average = 1.0
-    for report in train(objective, batches, loop, state):
+    reduce = average_gradients if dist.is_initialized() else None
+    for report in train(objective, batches, loop, state, reduce):
         average = 0.99 * average + 0.01 * report.losses["student/flow"]
         if report.step % 100 == 0:
             log.info("teacher step %d loss %.4f (%.3f s per step)", report.step, average, report.seconds)
-        if report.step % 500 == 0 or report.step == steps:
+        if rank == 0 and (report.step % 500 == 0 or report.step == steps):
             keep(state)
     return state
+
+
+def average_gradients(grads: list[Tensor]) -> None:
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([g.numel() for g in grads])
+    for g, part in zip(grads, parts, strict=True):
+        g.copy_(part.reshape(g.shape))

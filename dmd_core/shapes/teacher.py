@@ -1,4 +1,4 @@
-"""The teacher: a transformer in the Flux-schnell layout, with the parameter names that ComfyUI and the original release use."""
+"""The teacher: a transformer in the Flux-schnell layout, under the parameter names that ComfyUI uses."""
 
 import math
 from collections.abc import Mapping
@@ -140,7 +140,8 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(vector)
         width = x.shape[-1]
         qkv, hidden = self.linear1(modulate(x, shift, scale)).split([3 * width, MLP * width], -1)
-        seen = attend(*self.norm(qkv), turn)
+        q, k, v = self.norm(qkv)
+        seen = attend(q, k, v, turn)
         return x + gate * self.linear2(torch.cat([seen, F.gelu(hidden, approximate="tanh")], -1))
 
 

@@ -1,4 +1,4 @@
-"""Tokenizer and text encoder of the shapes world: prompts -> tokens [b 16 64] and a pooled vector [b 64]."""
+"""Tokenizer and text encoder of the shapes world: prompts -> tokens [b 12 64] and a pooled vector [b 64]."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from .captions import FACTORS, FREE, SIDES, WORDS
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 VOCABULARY = (PAD, UNKNOWN, *WORDS)
-LENGTH = 16  # tokens per prompt; longer prompts are cut
+LENGTH = 12  # tokens per prompt; longer prompts are cut
 WIDTH = 64
 
 log = logging.getLogger(__name__)
 
 
 def tokenize(prompts: Sequence[str]) -> Tensor:
-    """Word indices [b 16], padded; words outside the vocabulary become the unknown token."""
+    """Word indices [b 12], padded; words outside the vocabulary become the unknown token."""
     table = {word: i for i, word in enumerate(VOCABULARY)}
     rows, strange = [], set()
     for prompt in prompts:
@@ -58,13 +58,13 @@ class TextEncoder(nn.Module):
         self.pool = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Word indices [b 16] -> tokens [b 16 64], pooled [b 64]"""
+        """Word indices [b 12] -> tokens [b 12 64], pooled [b 64]"""
         tokens = self.norm(self.layers(self.word(ids) + self.position))
         return tokens, torch.tanh(self.pool(tokens.mean(1)))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """tokens [b 16 64], pooled [b 64]; the empty prompt is the unconditional one."""
+        """tokens [b 12 64], pooled [b 64]; the empty prompt is the unconditional one."""
         return self(tokenize(prompts).to(self.position.device))
 
 
@@ -93,7 +93,7 @@ class Probe(nn.Module):
 
 
 def object_of_words(prompt: str) -> list[int]:
-    """Which object each token speaks of: 0 none, 1 the only or left one, 2 the right one. [16]"""
+    """Which object each token speaks of: 0 none, 1 the only or left one, 2 the right one. [12]"""
     text = captions.words(prompt)[:LENGTH]
     relation = next((i for i in range(len(text) - 1) if text[i] in SIDES and text[i + 1] == "of"), None)
     end = text.index("on") if "on" in text else len(text)

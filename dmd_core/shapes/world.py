@@ -24,17 +24,19 @@ RGB = torch.tensor(
     ]
 )
 
+CANVAS = 64  # pixels: 16 tokens, which a small teacher masters in half an hour
+
 # Lengths are in half canvases (the canvas spans -1..1), angles in radians. A word is only said of a scene that
 # shows it clearly, and only counts as shown beyond the middle between it and its opposite.
-RADIUS = (0.26, 0.54)
-SMALL, LARGE, SIZE_SPLIT = 0.35, 0.45, 0.40
-PLACE = 0.42  # centres of single objects lie in -PLACE..PLACE
+RADIUS = (0.30, 0.54)
+SMALL, LARGE, SIZE_SPLIT = 0.37, 0.47, 0.42
+PLACE = 0.40  # centres of single objects lie in -PLACE..PLACE
 ASIDE, SIDE_SPLIT = 0.18, 0.0
 TILT = math.radians(28)  # below 36 degrees, where a star looks the same again
 TILTED, STRAIGHT, TILT_SPLIT = math.radians(19), math.radians(5), math.radians(12)
 LIGHT, DARK, LIGHT_SPLIT = (0.76, 0.97), (0.03, 0.17), 0.5
-PAIR_RADIUS = (0.25, 0.36)
-PAIR_SHARE = 0.25
+PAIR_RADIUS = (0.27, 0.36)
+PAIR_SHARE = 0.20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,8 @@ class Scene:
         return Scene(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
-def sample(n: int, rng: torch.Generator, pairs: float = PAIR_SHARE) -> Scene:
-    """n random scenes, a share `pairs` of them with two objects."""
+def sample(n: int, rng: torch.Generator, pairs: float = PAIR_SHARE, textured: float = 0.0) -> Scene:
+    """n random scenes: a share `pairs` with two objects, a share `textured` of single ones striped or dotted."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=rng)
@@ -75,7 +77,7 @@ def sample(n: int, rng: torch.Generator, pairs: float = PAIR_SHARE) -> Scene:
         count=1 + two.long(),
         shape=index(len(SHAPES), 2),
         colour=index(len(COLOURS), 2),
-        texture=torch.where(pair, 0, index(len(TEXTURES), 2)),
+        texture=torch.where(pair | (torch.rand(n, 2, generator=rng) >= textured), 0, 1 + index(len(TEXTURES) - 1, 2)),
         radius=torch.where(pair, uniform(*PAIR_RADIUS, 2), uniform(*RADIUS, 2)),
         x=torch.where(pair, side + uniform(-0.09, 0.09, 2), uniform(-PLACE, PLACE, 2)),
         y=torch.where(pair, uniform(-0.35, 0.35, 2), uniform(-PLACE, PLACE, 2)),
@@ -124,7 +126,7 @@ def _pattern(texture: int, u: Tensor, v: Tensor) -> Tensor:
     return torch.hypot(cell_u, cell_v) - 0.19
 
 
-def render(scene: Scene, height: int = 128, width: int | None = None) -> Tensor:
+def render(scene: Scene, height: int = CANVAS, width: int | None = None) -> Tensor:
     """Anti-aliased pictures [b 3 h w] in -1..1; on canvases that are not square, distances keep their shape."""
     width = width or height
     unit = min(height, width) / 2  # pixels per half canvas
