@@ -83,7 +83,8 @@ class AdapterBank:
             for key, scale in self.active.items():
                 adapter = self.sets[key].get(name)
                 if adapter is not None and scale != 0:
-                    out = out + scale * adapter(args[0]).to(out.dtype)
+                    change = adapter(args[0]).to(out.dtype)
+                    out = out + (change if scale == 1 else scale * change)
             return out
 
         return add_adapters
