@@ -1,0 +1,118 @@
+"""A student of a run as a file: a LoRA that says how it is sampled, or a whole model with it merged in."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..dmd_core.weights.checkpoint import merge_file
+from ..dmd_core.weights.lora import DTYPES, save_lora
+from .comfy_source import file_of
+from .students import BEST, Student, find_run, find_snapshot, mark_of
+
+LORA, MERGED = "LoRA", "merged model"
+FOLDERS = {LORA: "loras", MERGED: "diffusion_models"}
+
+
+def card(student: Student, path: Path, snapshot: Path) -> str:
+    """Model-card text: what it is, how it is sampled, how it was made."""
+    r = student.recipe
+    levels = ", ".join(f"{s:.4g}" for s in r.sigmas)
+    cfg = f", guidance {r.trained_cfg:g} of the teacher inside" if r.trained_cfg else ""
+    lines = [
+        f"# {path.stem}",
+        "",
+        f"A {r.steps}-step student of {r.base or 'its base model'} ({student.family.title}), by {r.objective}{cfg}.",
+        "",
+        f"- Sample it with: {r.usage_hint()}. Few-Step Settings reads this from the file by itself.",
+        f"- Noise levels: {levels}.",
+        f"- LoRA rank {r.rank}; trained on {r.trained_on}, {snapshot.name} of the run {student.name!r}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def save_merged(model: Any, name: str, lora: Path) -> Path:
+    base = file_of(model)
+    if model.patches:
+        raise ValueError(
+            "this MODEL has LoRAs on it, which a merged file would lose; connect its loader alone, or save a LoRA"
+        )
+    if not base:
+        raise ValueError(
+            "the file of this MODEL is not known; connect one from Load Checkpoint or Load Diffusion Model itself, "
+            "without nodes that load it otherwise, or save a LoRA"
+        )
+    folder = folder_paths.get_folder_paths(FOLDERS[MERGED])[0]
+    if "checkpoints" in Path(base).parts:  # the merged file keeps text encoders and VAE, so it belongs beside others
+        folder = folder_paths.get_folder_paths("checkpoints")[0]
+    return merge_file(folder, name, base, lora)
+
+
+class Save(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_Save",
+            display_name="Save Student",
+            category="DMD/train",
+            description="Writes a student of a run as a LoRA, or as a whole model with the LoRA merged in. The file "
+            "says how it wants to be sampled; a contact sheet and a model card land in the run's folder.",
+            search_aliases=["save lora", "export", "merge", "checkpoint", "model card", "dmd"],
+            inputs=[
+                io.String.Input("run", default="my student", tooltip="The run's name, from Distill."),
+                io.String.Input("snapshot", default=BEST, tooltip="best, last, or the update of a snapshot."),
+                io.String.Input(
+                    "name",
+                    default="",
+                    tooltip="File name, with subfolders if you like; counted up, never overwritten. Empty: the run's.",
+                ),
+                io.Combo.Input(
+                    "what",
+                    options=list(FOLDERS),
+                    default=LORA,
+                    tooltip="A LoRA works on models of the same family, also finetuned ones. Merged needs the model.",
+                ),
+                io.Combo.Input(
+                    "dtype", options=list(DTYPES), default="fp16", tooltip="Of the LoRA file.", advanced=True
+                ),
+                io.Model.Input("model", optional=True, tooltip="For merged: the base, straight from its loader."),
+            ],
+            outputs=[
+                io.String.Output("path", display_name="path"),
+                io.String.Output("card", display_name="card", tooltip="Model-card text."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, run: Any = None, **_inputs: Any) -> str:
+        return mark_of(run)
+
+    @classmethod
+    def execute(
+        cls, run: str, snapshot: str = BEST, name: str = "", what: str = LORA, dtype: str = "fp16", model: Any = None
+    ) -> io.NodeOutput:
+        if what == MERGED and model is None:
+            raise ValueError("a merged model needs its base; connect the MODEL of its loader, or save a LoRA")
+        folder = find_run(run)
+        chosen = find_snapshot(folder, snapshot)
+        student = Student.at(folder, chosen)
+        target = folder_paths.get_folder_paths("loras")[0] if what == LORA else folder.path / "lora"
+        path = save_lora(
+            target,
+            name or run,
+            student.state,
+            student.names,
+            family=student.family,
+            recipe=student.recipe,
+            dtype=dtype if what == LORA else "fp32",
+        )
+        if what == MERGED:
+            path = save_merged(model, name or run, path)
+        text = card(student, path, chosen)
+        folder.write_text(f"lora/{path.stem}.md", text)
+        if (chosen / "sheet.png").is_file():
+            shutil.copyfile(chosen / "sheet.png", folder.path / "lora" / f"{path.stem}.png")
+        return io.NodeOutput(str(path), text, ui=ui.PreviewText(f"{path}\n\n{text}"))
