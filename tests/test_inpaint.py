@@ -125,6 +125,7 @@ def test_selection_is_hole_ring_and_the_nearest_up_to_the_multiple():
     where = rounded.computed.reshape(16, 16).nonzero()
     assert (where - 8).abs().max() == 2  # the padding comes from the next ring, not from the corner
     assert rounded.share == 16 / 256
+    assert inpaint.select(touched, ring=1, multiple=64).share == 16 / 256  # 64 of 256 would be a quarter
     assert int(rounded.hole.sum()) == 1
 
 
@@ -289,6 +290,29 @@ def test_a_planted_colour_shift_is_undone_whatever_is_in_the_hole(rng):
 def test_a_ring_that_is_too_small_changes_nothing(rng):
     image = noise_image(rng)
     assert torch.equal(inpaint.match_ring(image * 0.5, image, torch.ones(1, 48, 64)), image * 0.5)
+
+
+def seam(image, mask):
+    """Mean step across the border of the mask over the mean step between its neighbours outside."""
+    hole = mask[0] > 0
+    steps = (image[0, :, :, 1:] - image[0, :, :, :-1]).abs().mean(0)
+    border = hole[:, 1:] ^ hole[:, :-1]
+    near = (masks.dilate(mask, 4)[0] > 0) & ~hole
+    return (steps[border].mean() / steps[near[:, 1:] & near[:, :-1]].mean()).item()
+
+
+def test_no_seam_on_a_smooth_picture_and_one_where_colours_are_not_matched():
+    y, x = torch.linspace(0, 6, 96)[:, None], torch.linspace(0, 6, 128)[None]
+    smooth = torch.stack(
+        [0.5 + 0.3 * (x + y).sin(), 0.5 + 0.3 * (x - 0.5 * y).cos(), 0.5 + 0.2 * (0.7 * x).sin() + 0 * y]
+    )
+    image, mask = smooth[None], masks.soften(disc(96, 128, 48, 64, 20), 4)
+    shifted = 0.9 * image + 0.02
+    assert seam(image, mask) == pytest.approx(1, abs=0.1)
+    matched = inpaint.composite(image, inpaint.match_ring(shifted, image, mask), mask)
+    assert seam(matched, mask) == pytest.approx(seam(image, mask), rel=0.1)
+    hard = disc(96, 128, 48, 64, 20)
+    assert seam(inpaint.composite(image, shifted, hard), hard) > 1.2
 
 
 # --- mask sampler ---

@@ -35,8 +35,9 @@ def select(touched: Tensor, ring: int = 1, multiple: int = 64) -> Tokens:
     """Touched tokens [t h w], a ring of known tokens around them, and the nearest ones up to a multiple.
 
     The ring is computed too, so that the seam is decided by fresh tokens. A rounded count keeps kernels and
-    compiled shapes few; nearest means fewest rings away.
+    compiled shapes few; nearest means fewest rings away. Small pictures round to a sixteenth of their tokens.
     """
+    multiple = max(1, min(multiple, touched.numel() // 16))
     if not touched.any():
         none = torch.zeros_like(touched).flatten()
         return Tokens(none, none)
