@@ -1,0 +1,422 @@
+"""Inpainting nodes: prepare (crop or canvas), the lazy patch, composite."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import latent_preview
+import torch
+import torch.nn.functional as F
+from comfy_api.latest import io
+from einops import rearrange
+from torch import Tensor
+
+from ..dmd_core import inpaint
+from ..dmd_core.inpaint import Box, crop, masks
+from .lazy_blocks import NotLazy, patch_of, sites_of
+from .lazy_inpaint import MODES, Lazy, LazyConfig, Session, memory, predicted
+
+DEFAULTS = LazyConfig()
+TEXT_TOKENS = 256  # assumed for the predicted cost; the report after a run has the real number
+PAD = 16  # latent cells around the hole that a local decode sees
+SESSIONS: dict[str, Session] = {}
+
+RegionType = io.Custom("DMD_REGION")
+
+
+@dataclass(frozen=True)
+class Region:
+    """What Composite Inpaint needs to put the result back."""
+
+    original: Tensor  # [b c h w], padded by outpainting and to whole tokens
+    mask: Tensor  # [b h w]
+    boxes: list[Box] | None  # None: the whole canvas was sampled
+    size: tuple[int, int]  # rows, columns of the picture that is returned
+
+
+def picture(image: Tensor) -> Tensor:
+    """IMAGE -> [b c h w]"""
+    if image.ndim != 4:
+        raise ValueError(f"the image has shape {list(image.shape)}; connect an IMAGE [b h w c]")
+    return rearrange(image[..., :3], "b h w c -> b c h w").float()
+
+
+def as_image(value: Tensor) -> Tensor:
+    return rearrange(value, "b c h w -> b h w c").contiguous()
+
+
+class PrepareInpaint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_PrepareInpaint",
+            display_name="Prepare Inpaint",
+            category="DMD/inpaint",
+            description="Repairs the mask, fills the hole, extends the picture if asked, chooses between the whole "
+            "canvas and crops with context, and says what the run will cost.",
+            search_aliases=["inpaint", "outpaint", "crop and stitch", "mask", "prefill", "lazy", "dmd"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture, or a batch or video with one mask each."),
+                io.Mask.Input("mask", tooltip="1 is made anew, 0 stays as it is to the bit. One, or one per picture."),
+                io.Vae.Input("vae", tooltip="Encodes the prepared picture."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Decides between canvas and crop, and the predicted cost. UNets (SD1.5, SDXL) are cropped.",
+                ),
+                io.Combo.Input(
+                    "area",
+                    options=["auto", "canvas", "crop", "crop per island"],
+                    default="auto",
+                    tooltip="canvas: all of the picture is context (for the lazy patch). crop: only a box around the "
+                    "hole, faster but blind to the rest. auto: canvas where the model can be lazy, else a crop "
+                    "per island.",
+                ),
+                io.Float.Input(
+                    "context",
+                    default=1.5,
+                    min=1.0,
+                    max=8.0,
+                    step=0.1,
+                    tooltip="Crops: size of the box over the hole's. 1.5 to 3 are usual.",
+                ),
+                io.Int.Input("grow", default=8, min=-128, max=256, tooltip="Pixels by which the mask grows."),
+                io.Int.Input(
+                    "soften", default=8, min=0, max=128, tooltip="Pixels over which its edge fades, outwards."
+                ),
+                io.Boolean.Input("fill_holes", default=True, tooltip="A drawn outline becomes a filled shape."),
+                io.Combo.Input(
+                    "prefill",
+                    options=["none", *inpaint.PREFILLS],
+                    default="push-pull",
+                    tooltip="What stands in the hole before sampling. It matters below denoise 1, and to few-step "
+                    "models, which take colour and structure from it.",
+                ),
+                io.Int.Input("left", default=0, min=0, max=4096, step=8, tooltip="Outpainting: pixels added left."),
+                io.Int.Input("top", default=0, min=0, max=4096, step=8, tooltip="Outpainting: pixels added on top."),
+                io.Int.Input("right", default=0, min=0, max=4096, step=8, tooltip="Outpainting: pixels added right."),
+                io.Int.Input("bottom", default=0, min=0, max=4096, step=8, tooltip="Outpainting: pixels added below."),
+                io.Int.Input("steps", default=20, min=1, max=200, tooltip="Only for the predicted cost."),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="Encoded, with its noise mask."),
+                RegionType.Output(display_name="region", tooltip="For Composite Inpaint."),
+                io.Image.Output(tooltip="The prepared picture or crops."),
+                io.Mask.Output(tooltip="The repaired mask, of the same size."),
+                io.String.Output(display_name="info", tooltip="Tokens, predicted cost, notices."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, image, mask, vae, area, context, grow, soften, fill_holes, prefill, left, top, right, bottom, steps,
+        model=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        original, mask = extended(picture(image), mask.float(), (left, right, top, bottom))
+        size = (original.shape[-2], original.shape[-1])
+        mask = repaired(mask, grow, soften, fill_holes)
+        ratio = vae.spacial_compression_encode()
+        multiple = ratio * (patch_of_model(model) or 2)
+        # the added rim is known, so a cut patch is never sampled
+        rim = (0, -size[1] % multiple, 0, -size[0] % multiple)
+        original, mask = F.pad(original, rim, mode="replicate"), F.pad(mask, rim)
+        boxes = boxes_of(mask, area, model, context, multiple)
+        filled = original if prefill == "none" else inpaint.prefill(original, mask, prefill)
+        parts, holes = (filled, mask) if boxes is None else (crop.cut(filled, boxes), crop.cut(mask, boxes))
+        cells = F.max_pool2d(holes[:, None], ratio)
+        latent = {"samples": vae.encode(as_image(parts)), "noise_mask": cells}
+        info = told(mask, cells, boxes, model, steps, multiple // ratio)
+        return io.NodeOutput(latent, Region(original, mask, boxes, size), as_image(parts), holes, info)
+
+
+def extended(image: Tensor, mask: Tensor, sides: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """Image and mask with new borders (left, right, top, bottom), which are to be painted."""
+    mask = inpaint.check(image, mask)
+    if not any(sides):
+        return image, mask
+    return F.pad(image, sides, mode="replicate"), F.pad(mask, sides, value=1.0)
+
+
+def repaired(mask: Tensor, grow: int, soften: int, fill_holes: bool) -> Tensor:
+    mask = masks.stabilise(mask)
+    if fill_holes:
+        mask = masks.fill_holes(mask)
+    return masks.soften(masks.dilate(mask, grow), soften)
+
+
+def patch_of_model(model: Any) -> int | None:
+    """Latent cells per token; None for UNets and without a MODEL."""
+    if model is None:
+        return None
+    net = model.model.diffusion_model
+    try:
+        sites_of(net)
+    except NotLazy:
+        return None
+    return patch_of(net)[-1]
+
+
+def boxes_of(mask: Tensor, area: str, model: Any, context: float, multiple: int) -> list[Box] | None:
+    if area == "auto":
+        area = "crop per island" if model is not None and patch_of_model(model) is None else "canvas"
+    if area == "canvas" or not mask.any():
+        return None
+    return inpaint.crops(mask, context, multiple, separate=area == "crop per island")
+
+
+def told(mask: Tensor, cells: Tensor, boxes: list[Box] | None, model: Any, steps: int, patch: int) -> str:
+    if not mask.any():
+        return "the mask is empty: the picture is returned as it came"
+    if boxes is not None:
+        share = sum(b.area for b in boxes) / mask.numel()
+        height, width = boxes[0].height, boxes[0].width
+        return f"{len(boxes)} crop(s) of {width} x {height}: {share:.1%} of the pixels; the rest is not seen"
+    tokens = inpaint.select(inpaint.token_mask(cells, (1, patch, patch)), DEFAULTS.ring, DEFAULTS.multiple)
+    grid = (-(-cells.shape[-2] // patch), -(-cells.shape[-1] // patch))
+    text = predicted(tokens, grid, TEXT_TOKENS, steps, DEFAULTS)
+    if model is None:
+        return f"canvas; for a transformer with patches of {patch}:\n{text}"
+    if patch_of_model(model) is None:
+        return "canvas; this model computes all of it at every step. A crop would be faster"
+    return f"canvas, with the lazy patch:\n{text}"
+
+
+class LazyInpaint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_LazyInpaint",
+            display_name="Lazy Inpaint",
+            category="DMD/inpaint",
+            description="Only the tokens of the hole are computed; the context's keys and values come from a bank. "
+            "For Flux, Flux.2, SD3, Qwen-Image and Z-Image. With m the computed share of N image tokens and T text "
+            "tokens, a lazy step costs (mN+T)/(N+T) of a dense one.",
+            search_aliases=["lazy", "inpaint", "faster inpaint", "lazydiffusion", "kv cache", "dmd"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default=DEFAULTS.mode,
+                    tooltip="refresh: some steps are computed whole (12 steps and more). session: the context is "
+                    "computed once per noise level and kept between runs, so later edits pay only for the hole. "
+                    "auto: by the number of steps. dense: no patch.",
+                ),
+                io.Int.Input("ring", default=DEFAULTS.ring, min=0, max=8, tooltip="Rings of tokens around the hole."),
+                io.Int.Input("warm", default=DEFAULTS.warm, min=1, max=100, tooltip="refresh: whole steps first."),
+                io.Int.Input("every", default=DEFAULTS.every, min=1, max=100, tooltip="refresh: then every so many."),
+                io.String.Input("session", default="canvas", tooltip="Name of what is kept between runs."),
+                io.Int.Input(
+                    "accepted",
+                    default=0,
+                    min=0,
+                    max=999,
+                    tooltip="session: how many edits are part of the canvas. One more accepts the last edit, one "
+                    "less undoes it. Give the accepted picture as the next image.",
+                ),
+                io.Boolean.Input("forget", default=False, tooltip="session: start anew and free its memory."),
+                io.Float.Input(
+                    "memory", default=DEFAULTS.fast_gib, min=0.0, max=1024.0, step=0.5, tooltip="GiB on the device."
+                ),
+                io.Float.Input(
+                    "spill", default=DEFAULTS.slow_gib, min=0.0, max=1024.0, step=0.5, tooltip="GiB in main memory."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.String.Output(display_name="info", tooltip="What will happen. The node shows what did happen."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, mode, ring, warm, every, session, accepted, forget, memory, spill) -> io.NodeOutput:
+        config = LazyConfig(mode=mode, ring=ring, warm=warm, every=every, fast_gib=memory, slow_gib=spill)
+        kept = SESSIONS.setdefault(session, Session())
+        said = [kept.reset() if forget else kept.keep(accepted)]
+        try:
+            sites_of(model.model.diffusion_model)
+        except NotLazy as reason:
+            said.append(f"not lazy: {reason}. Prepare Inpaint crops instead")
+            return io.NodeOutput(model, "\n".join(filter(None, said)))
+        patch = Lazy(config, kept, shower(cls.hidden.unique_id if cls.hidden else None))
+        return io.NodeOutput(patch.patch(model), "\n".join(filter(None, [*said, *state(mode, kept)])))
+
+
+def state(mode: str, session: Session) -> list[str]:
+    lines = [f"mode {mode}"]
+    if session.bank is not None:
+        lines.append(f"{memory(session.bank)}, {session.accepted} edits accepted")
+    return lines
+
+
+def shower(node_id: Any) -> Any:
+    """Shows text on the node while a server runs, and logs it."""
+
+    def show(text: str) -> None:
+        logging.getLogger(__name__).info(text)
+        server = getattr(sys.modules.get("server"), "PromptServer", None)
+        if node_id is not None and getattr(server, "instance", None) is not None:
+            server.instance.send_progress_text(text, node_id)
+
+    return show
+
+
+class CompositeInpaint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_CompositeInpaint",
+            display_name="Composite Inpaint",
+            category="DMD/inpaint",
+            description="Decodes what was sampled (only around the hole), matches its colours on the ring around the "
+            "hole, and puts it back. Where the mask is 0 the picture is the given one, to the bit.",
+            search_aliases=["inpaint", "stitch", "composite", "blend", "colour match", "color match", "dmd"],
+            inputs=[
+                RegionType.Input("region", tooltip="From Prepare Inpaint."),
+                io.Latent.Input("samples", tooltip="From the sampler."),
+                io.Vae.Input("vae"),
+                io.Float.Input(
+                    "feather",
+                    default=0.0,
+                    min=0.0,
+                    max=256.0,
+                    step=1.0,
+                    tooltip="Pixels over which the result fades in, inside the mask. The mask's own soft edge comes "
+                    "on top.",
+                ),
+                io.Boolean.Input(
+                    "match_colours", default=True, tooltip="Undoes the shift of the autoencoder and the model."
+                ),
+                io.Boolean.Input(
+                    "local", default=True, tooltip="Decode only the hole and some context, where that saves work."
+                ),
+            ],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, region, samples, vae, feather, match_colours, local) -> io.NodeOutput:
+        out = region.original
+        if region.mask.any():
+            boxes, parts = decoded(region, samples["samples"], vae, local)
+            parts = parts.to(out)
+            if match_colours:
+                parts = inpaint.match_ring(parts, crop.cut(out, boxes), crop.cut(region.mask, boxes))
+            out = inpaint.composite(out, inpaint.paste(out, parts, boxes), region.mask, feather)
+        rows, columns = region.size
+        return io.NodeOutput(as_image(out[..., :rows, :columns]))
+
+
+def decoded(region: Region, latent: Tensor, vae: Any, local: bool) -> tuple[list[Box], Tensor]:
+    """The pictures and where they belong."""
+    batch, (height, width) = len(region.original), region.original.shape[-2:]
+    if region.boxes is not None:
+        return region.boxes, checked(vae_picture(vae, latent), len(region.boxes))
+    boxes = [Box(i, 0, 0, height, width) for i in range(batch)]
+    ratio = height // latent.shape[-2]
+    box = inpaint.box_of((region.mask > 0).any(0))
+    assert box is not None
+    top, left = (max(0, start // ratio - PAD) for start in (box.top, box.left))
+    bottom = min(latent.shape[-2], -(-(box.top + box.height) // ratio) + PAD)
+    right = min(latent.shape[-1], -(-(box.left + box.width) // ratio) + PAD)
+    if local and (bottom - top) * (right - left) < 0.6 * latent.shape[-2] * latent.shape[-1]:
+        latent = latent[..., top:bottom, left:right]
+        size = ((bottom - top) * ratio, (right - left) * ratio)
+        boxes = [Box(i, top * ratio, left * ratio, *size) for i in range(batch)]
+    return boxes, checked(vae_picture(vae, latent), batch)
+
+
+def vae_picture(vae: Any, latent: Tensor) -> Tensor:
+    image = vae.decode(latent)
+    return picture(image.reshape(-1, *image.shape[-3:]) if image.ndim == 5 else image).clamp(0, 1)
+
+
+def checked(parts: Tensor, count: int) -> Tensor:
+    if len(parts) != count:
+        raise ValueError(
+            f"the sampler returned {len(parts)} pictures and Prepare Inpaint made {count}; "
+            "connect the latent that came from this Prepare Inpaint"
+        )
+    if not torch.isfinite(parts).all():
+        raise ValueError("the decoded picture holds NaN; the model or the VAE overflowed, try fp32 for the VAE")
+    return parts
+
+
+class Inpaint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_Inpaint",
+            display_name="Inpaint",
+            category="DMD/inpaint",
+            description="Prepare, lazy patch, sampler and composite in one node. Outside the mask the picture stays as "
+            "it is, to the bit.",
+            search_aliases=["inpaint", "outpaint", "lazy", "fill", "remove object", "dmd"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture, or a batch with one mask each."),
+                io.Mask.Input("mask", tooltip="1 is made anew, 0 stays as it is to the bit."),
+                io.Model.Input("model", tooltip="Transformers are computed lazily, UNets on crops with context."),
+                io.Vae.Input("vae", tooltip="Encodes the picture and decodes the hole."),
+                io.Conditioning.Input("positive", tooltip="What shall stand in the hole."),
+                io.Conditioning.Input("negative", tooltip="Has no effect at cfg 1."),
+                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Noise."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="4 for most few-step models."),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="1 for few-step models."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1 the prefill shines through; few-step models should stay on their trained grid.",
+                ),
+                io.Combo.Input("mode", options=list(MODES), default=DEFAULTS.mode, tooltip="As in Lazy Inpaint."),
+                io.Combo.Input(
+                    "prefill",
+                    options=["none", *inpaint.PREFILLS],
+                    default="push-pull",
+                    tooltip="What stands in the hole before sampling.",
+                ),
+                io.Int.Input("grow", default=8, min=-128, max=256, tooltip="Pixels by which the mask grows."),
+                io.Int.Input("soften", default=8, min=0, max=128, tooltip="Pixels over which its edge fades."),
+            ],
+            outputs=[io.Image.Output(), io.String.Output(display_name="info")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, image, mask, model, vae, positive, negative, seed, steps, cfg, sampler_name, scheduler, denoise, mode,
+        prefill, grow, soften,
+    ) -> io.NodeOutput:  # fmt: skip
+        latent, region, _, _, info = PrepareInpaint.execute(
+            image, mask, vae, "auto", 1.5, grow, soften, True, prefill, 0, 0, 0, 0, steps, model
+        ).args
+        if not region.mask.any():
+            return io.NodeOutput(image, info)
+        node_id = cls.hidden.unique_id if cls.hidden else None
+        lazy = Lazy(LazyConfig(mode=mode), SESSIONS.setdefault(f"node {node_id}", Session()), shower(node_id))
+        start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+        samples = comfy.sample.sample(
+            lazy.patch(model) if region.boxes is None else model,
+            comfy.sample.prepare_noise(start, seed),
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            positive,
+            negative,
+            start,
+            denoise=denoise,
+            noise_mask=latent["noise_mask"],
+            callback=latent_preview.prepare_callback(model, steps),
+            seed=seed,
+        )
+        out = CompositeInpaint.execute(region, {"samples": samples}, vae, 0.0, True, True).args[0]
+        return io.NodeOutput(out, "\n".join([info, lazy.text] if region.boxes is None else [info]))

@@ -1,0 +1,584 @@
+"""The lazy patch on ComfyUI's native transformers, tiny and random: equal to the whole pass where it must be."""
+
+from pathlib import Path
+
+import comfy_host
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfy
+
+if not comfy_host.in_comfy():
+
+    @pytest.mark.skipif(comfy_host.missing() is not None, reason=str(comfy_host.missing()))
+    def test_the_lazy_patch_holds_inside_comfyui():
+        comfy_host.run_tests_in_comfy(Path(__file__))
+
+else:
+    comfy_host.start_comfy("--use-pytorch-cross-attention")
+
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.sample
+    import comfy.samplers
+    import comfy.supported_models
+    import comfy_tiny
+
+    lazy = comfy_host.pack_module("nodes.lazy_inpaint")
+
+    def sd35_medium():
+        """With a second attention over the image alone in the first block."""
+        embedder = {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}}
+        config = {
+            "in_channels": 16,
+            "out_channels": 16,
+            "pos_embed_scaling_factor": None,
+            "depth": 2,
+            "patch_size": 2,
+            "input_size": None,
+            "adm_in_channels": 32,
+            "context_embedder_config": embedder,
+            "num_patches": 96 * 96,
+            "pos_embed_max_size": 96,
+            "qk_norm": "rms",
+            "x_block_self_attn_layers": [0],
+            "dtype": torch.float32,
+        }
+        return comfy.model_base.SD3(comfy.supported_models.SD3(config), device="cpu")
+
+    def z_image():
+        """With two layers: keys of the first know nothing of the text yet."""
+        config = {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 256,
+            "cap_feat_dim": 64,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "qk_norm": True,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "rope_theta": 256.0,
+            "ffn_dim_multiplier": 8 / 3,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+            "dtype": torch.float32,
+        }
+        return comfy.model_base.Lumina2(comfy.supported_models.ZImage(config), device="cpu")
+
+    Z_IMAGE = comfy_tiny.Tiny(build=z_image, context=64, shape=(16, 16, 16))
+    comfy_tiny.FAMILIES.setdefault("z_image_deep", Z_IMAGE)
+    SD35 = comfy_tiny.Tiny(build=sd35_medium, context=64, shape=(16, 16, 16), pooled=32)
+    comfy_tiny.FAMILIES.setdefault("sd35_medium", SD35)
+    FAMILIES = ("flux", "flux2", "sd3", "sd35_medium", "qwen_image", "z_image_deep")
+
+    def shape_of(family, size=None):
+        shape = list(comfy_tiny.FAMILIES[family].shape)
+        return (1, *shape) if size is None else (1, *shape[:-2], *size)
+
+    def draw(shape, seed):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def hole(shape, rows=slice(4, 8), columns=slice(5, 9)):
+        """[b 1 h w] as SetLatentNoiseMask makes it"""
+        mask = torch.zeros(1, 1, *shape[-2:])
+        mask[..., rows, columns] = 1
+        return mask
+
+    class Probe(comfy.samplers.Sampler):
+        """Asks the model for x0 at these (x, sigma), one after the other."""
+
+        turn = 0
+
+        def __init__(self, asked):
+            self.asked, self.x0 = asked, []
+
+        def sample(
+            self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, _=False
+        ):
+            for Probe.turn, (x, sigma) in enumerate(self.asked):
+                options = extra_args["model_options"]
+                self.x0.append(model_wrap(x, torch.tensor([sigma] * len(x)), model_options=options, seed=0).clone())
+            return noise
+
+    @torch.inference_mode()
+    def ask(model, family, asked, mask, cfg=1.0, tokens=(20, 20), latent=None, extra=None):
+        guider = comfy.samplers.CFGGuider(model)
+        positive, negative = (comfy_tiny.conditioning(family, s, t) for s, t in zip((1, 2), tokens, strict=True))
+        for cond in (positive, negative):
+            cond[0][1].update(extra or {})
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        probe = Probe(asked)
+        latent = draw(asked[0][0].shape, 5) if latent is None else latent
+        sigmas = torch.tensor([1.0, 0.7, 0.4, 0.0])
+        guider.sample(torch.zeros_like(latent), latent, probe, sigmas, denoise_mask=mask, seed=0, disable_pbar=True)
+        return probe.x0
+
+    def patched(model, order=None, **config):
+        """order: which of the probe's questions are computed whole, instead of the schedule's choice."""
+        patch = lazy.Lazy(lazy.LazyConfig(**{"multiple": 1, "mode": "refresh", **config}))
+        if order is not None:
+            patch.is_dense = lambda _sigma: order[Probe.turn]
+        return patch, patch.patch(model)
+
+    def inside(patch_run, x0):
+        return ~patch_run.outside.expand_as(x0)
+
+    def spy(patch):
+        """Keeps the run of the last sampling."""
+        runs, begin = [], patch._begin
+
+        def kept(*args):
+            runs.append(begin(*args))
+            return runs[-1]
+
+        patch._begin = kept
+        return runs
+
+    @pytest.fixture(scope="module", params=FAMILIES)
+    def family(request):
+        return request.param
+
+    @pytest.fixture(scope="module")
+    def model(family):
+        return comfy_tiny.patcher(family)
+
+    def test_at_the_same_step_lazy_equals_whole_inside_the_hole(family, model):
+        x = draw(shape_of(family), 3)
+        latent = draw(x.shape, 5)
+        asked = [(x, 0.7), (x, 0.7)]
+        bare = ask(model, family, asked[:1], None, latent=latent)[0]
+        patch, clone = patched(model, order=[True, False])
+        runs = spy(patch)
+        whole, part = ask(clone, family, asked, hole(x.shape), latent=latent)
+        run = runs[0]
+        assert torch.equal(whole, bare)  # recording changes nothing
+        assert not run.why
+        assert 4 <= int(run.tokens.computed.sum()) < len(run.tokens.computed) / 2
+        where = inside(run, part)
+        assert (part - whole)[where].abs().max() < 1e-5
+        filled = part[~where] - clone.model.process_latent_in(latent)[~where]
+        assert filled.abs().max() == 0
+        assert (whole - part)[~where].abs().max() > 0.1  # the fill is not what the network says there
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+
+    def test_control_a_stale_or_missing_context_is_seen(family, model):
+        x, other = draw(shape_of(family), 3), draw(shape_of(family), 4)
+        patch, clone = patched(model, order=[True, False])
+        runs = spy(patch)
+        mask = hole(x.shape)
+        _, stale = ask(clone, family, [(other, 0.7), (x, 0.7)], mask)
+        (whole,) = ask(model, family, [(x, 0.7)], None)
+        assert (stale - whole)[inside(runs[0], whole)].abs().max() > 1e-2
+        patch, clone = patched(model, order=[True, False])
+        runs = spy(patch)
+        keep = lazy.Bank.read
+        try:
+            lazy.Bank.read = lambda self, *a: tuple(t[..., :0, :] for t in keep(self, *a))
+            _, blind = ask(clone, family, [(x, 0.7), (x, 0.7)], mask)
+        finally:
+            lazy.Bank.read = keep
+        assert (blind - whole)[inside(runs[0], whole)].abs().max() > 1e-2
+
+    @pytest.mark.parametrize("tokens", [(20, 20), (20, 27)], ids=["one call", "two calls"])
+    def test_branches_never_mix(family, model, tokens):
+        x = draw(shape_of(family), 3)
+        asked = [(x, 0.7), (x, 0.7)]
+        patch, clone = patched(model, order=[True, False])
+        runs = spy(patch)
+        whole, part = ask(clone, family, asked, hole(x.shape), 4.0, tokens)
+        scale = whole.abs().max()
+        assert not runs[0].why
+        assert (part - whole)[inside(runs[0], whole)].abs().max() < 1e-5 * scale
+        # control: with one key for all, the prompts' contexts are mixed
+        patch, clone = patched(model, order=[True, False])
+        begin = patch._begin
+
+        def one_key(*args):
+            run = begin(*args)
+            run.branches = dict.fromkeys(run.branches, ("all", 0))
+            return run
+
+        patch._begin = one_key
+        _, mixed = ask(clone, family, asked, hole(x.shape), 4.0, tokens)
+        assert (mixed - whole)[inside(runs[0], whole)].abs().max() > 1e-3 * scale
+
+    @torch.inference_mode()
+    def sampled(model, family, mask, latent, seed=3, steps=3, cfg=4.0, sampler="euler", size=None):
+        noise = draw(shape_of(family, size), seed)
+        positive, negative = (comfy_tiny.conditioning(family, s) for s in (1, 2))
+        return comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            "simple",
+            positive,
+            negative,
+            latent,
+            noise_mask=mask,
+            disable_pbar=True,
+            seed=seed,
+        ).clone()
+
+    def test_mode_dense_and_a_full_mask_are_the_bare_model_to_the_bit(family, model):
+        shape = shape_of(family)
+        latent, everything = draw(shape, 5), torch.ones(1, 1, *shape[-2:])
+        bare = sampled(model, family, everything, latent)
+        patch, clone = patched(model, mode="refresh")
+        assert torch.equal(sampled(clone, family, everything, latent), bare)
+        assert "whole pass is as fast" in patch.text
+        some = sampled(model, family, hole(shape), latent)
+        _, dense = patched(model, mode="dense")
+        assert torch.equal(sampled(dense, family, hole(shape), latent), some)
+        patch, clone = patched(model)
+        assert torch.equal(sampled(clone, family, None, latent), sampled(model, family, None, latent))
+        assert "no noise mask" in patch.text
+
+    def test_refresh_with_every_step_whole_is_the_bare_model_and_with_fewer_it_is_near(family, model):
+        shape = shape_of(family)
+        latent, mask = draw(shape, 5), hole(shape)
+        bare = sampled(model, family, mask, latent, steps=4)
+        _, always = patched(model, warm=4)
+        assert torch.equal(sampled(always, family, mask, latent, steps=4), bare)
+        patch, some = patched(model, warm=1, every=2)
+        out = sampled(some, family, mask, latent, steps=4)
+        assert torch.equal(sampled(some, family, mask, latent, steps=4), out)  # queued twice
+        assert torch.isfinite(out).all()
+        assert not torch.equal(out, bare)
+        assert "bank:" in patch.text
+
+    def test_an_empty_mask_returns_the_latent_without_asking_the_model(family, model):
+        shape = shape_of(family)
+        latent = draw(shape, 5)
+        patch, clone = patched(model)
+        calls = []
+        handle = clone.model.diffusion_model.register_forward_hook(lambda *a: calls.append(1))
+        out = sampled(clone, family, torch.zeros(1, 1, *shape[-2:]), latent)
+        handle.remove()
+        assert not calls
+        assert torch.allclose(out, latent, atol=1e-5)
+        assert "empty" in patch.text
+
+    def test_session_edit_accept_undo_returns_to_the_bit(family, model):
+        shape = shape_of(family)
+        canvas, first, second = draw(shape, 5), hole(shape), hole(shape, slice(0, 3), slice(0, 3))
+        patch, clone = patched(model, mode="session")
+        runs = spy(patch)
+        edited = sampled(clone, family, first, canvas)
+        assert runs[-1].work > 0.9 * runs[-1].whole  # the first run pays for the context
+        again = sampled(clone, family, first, canvas)
+        assert torch.equal(again, edited)
+        assert not runs[-1].why
+        law = lazy.step_cost(runs[-1].tokens.share, runs[-1].seen, runs[-1].text)
+        assert runs[-1].work / runs[-1].whole == pytest.approx(law)
+        assert "accept" not in patch.session.accept() or patch.session.past
+        with_edit = sampled(clone, family, second, edited)
+        law = lazy.step_cost(runs[-1].tokens.share, runs[-1].seen, runs[-1].text)
+        assert runs[-1].work / runs[-1].whole == pytest.approx(law)  # accepting was free
+        assert "before" in patch.session.undo()
+        assert torch.equal(sampled(clone, family, first, canvas), edited)
+        without_edit = sampled(clone, family, second, canvas)
+        assert not torch.equal(with_edit, without_edit)  # control: the accepted edit was context
+        assert "nothing" in patch.session.undo()
+
+    def test_a_rejected_edit_and_a_changed_canvas_are_computed_again():
+        model = comfy_tiny.patcher("flux")
+        shape = shape_of("flux")
+        canvas, first, second = draw(shape, 5), hole(shape), hole(shape, slice(0, 3), slice(0, 3))
+        patch, clone = patched(model, mode="session")
+        runs = spy(patch)
+        sampled(clone, "flux", first, canvas)
+        sampled(clone, "flux", second, canvas)
+        rejected = runs[-1].work / runs[-1].whole
+        assert 0.3 < rejected < 1  # the rows of the first hole were never the canvas's
+        sampled(clone, "flux", second, canvas)
+        assert runs[-1].work / runs[-1].whole < rejected
+        moved = canvas.clone()
+        moved[..., 12:16, 12:16] += 3
+        sampled(clone, "flux", second, moved)
+        assert runs[-1].work / runs[-1].whole > lazy.step_cost(runs[-1].tokens.share, 64, 20) + 0.05
+        said = []
+        patch.tell = said.append
+        sampled(clone, "flux", second, draw(shape, 77))
+        assert any("another canvas" in text for text in said)
+
+    def test_z_image_with_padding_tokens_and_odd_sizes():
+        for name, size in (("z_image", (14, 14)), ("flux", (13, 15)), ("sd3", (10, 18))):
+            model = comfy_tiny.patcher(name)
+            x = draw(shape_of(name, size), 3)
+            patch, clone = patched(model, order=[True, False])
+            runs = spy(patch)
+            whole, part = ask(clone, name, [(x, 0.7)] * 2, hole(x.shape))
+            assert not runs[0].why
+            assert (part - whole)[inside(runs[0], whole)].abs().max() < 1e-5, name
+
+    def test_a_batch_shares_the_union_of_its_masks():
+        model = comfy_tiny.patcher("flux")
+        x = draw((2, 16, 16, 16), 3)
+        mask = torch.cat([hole(x.shape), hole(x.shape, slice(10, 12), slice(2, 4))])
+        patch, clone = patched(model, order=[True, False], ring=0)
+        runs = spy(patch)
+        whole, part = ask(clone, "flux", [(x, 0.7)] * 2, mask, 4.0)
+        assert int(runs[0].tokens.hole.sum()) == 6 + 1
+        assert (part - whole)[inside(runs[0], whole)].abs().max() < 1e-5 * whole.abs().max()
+
+    REFERENCES = [("flux", "offset"), ("flux", "index"), ("flux2", "index"), ("flux2", "index_timestep_zero")]
+    REFERENCES += [("qwen_image", method) for method in ("offset", "index", "index_timestep_zero")]
+
+    @pytest.mark.parametrize(("name", "method"), REFERENCES)
+    def test_reference_latents_are_context(name, method):
+        model = comfy_tiny.patcher(name)
+        x = draw(shape_of(name), 3)
+        extra = {"reference_latents": [draw(shape_of(name, (12, 8)), 9)], "reference_latents_method": method}
+        patch, clone = patched(model, order=[True, False])
+        runs = spy(patch)
+        whole, part = ask(clone, name, [(x, 0.7)] * 2, hole(x.shape), extra=extra)
+        assert not runs[0].why
+        assert runs[0].seen > 64
+        assert (part - whole)[inside(runs[0], whole)].abs().max() < 1e-5
+        patch, clone = patched(model, mode="session")
+        runs = spy(patch)
+        _, again = ask(clone, name, [(x, 0.7)] * 2, hole(x.shape), extra=extra)
+        assert not runs[0].why
+        assert torch.isfinite(again).all()
+
+    def test_what_would_see_only_a_part_makes_the_call_whole_and_says_why():
+        model = comfy_tiny.patcher("flux")
+        shape = shape_of("flux")
+        latent, mask = draw(shape, 5), hole(shape)
+
+        def twice_v(q, k, v, **_options):
+            return {"v": 1.5 * v}
+
+        touched = model.clone()
+        touched.set_model_attn1_patch(twice_v)
+        bare = sampled(touched, "flux", mask, latent)
+        patch, clone = patched(touched, warm=1)
+        assert torch.equal(sampled(clone, "flux", mask, latent), bare)
+        assert "attn1_patch" in patch.text
+        unet, size = comfy_tiny.patcher("sd15_eps"), shape_of("sd15_eps")
+        patch, clone = patched(unet)
+        latent = draw(size, 5)
+        assert torch.equal(
+            sampled(clone, "sd15_eps", hole(size), latent), sampled(unet, "sd15_eps", hole(size), latent)
+        )
+        assert "UNetModel is not among" in patch.text
+
+    def test_another_attention_override_is_still_called_and_masks_make_the_call_whole():
+        model = comfy_tiny.patcher("flux").clone()
+        calls = []
+
+        def counting(function, *args, **options):
+            calls.append(1)
+            return function(*args, **options)
+
+        model.model_options["transformer_options"]["optimized_attention_override"] = counting
+        x = draw(shape_of("flux"), 3)
+        patch, clone = patched(model, order=[True, False])
+        runs = spy(patch)
+        whole, part = ask(clone, "flux", [(x, 0.7)] * 2, hole(x.shape))
+        assert len(calls) == 2 * 4
+        assert (part - whole)[inside(runs[0], whole)].abs().max() < 1e-5
+
+    def test_the_bank_is_bounded_and_the_number_is_named():
+        model = comfy_tiny.patcher("sd3")
+        shape = shape_of("sd3")
+        latent, mask = draw(shape, 5), hole(shape)
+        patch, clone = patched(model, mode="session", fast_gib=1e-5, slow_gib=1e-5)
+        bare = sampled(model, "sd3", mask, latent)
+        assert torch.equal(sampled(clone, "sd3", mask, latent), bare)
+        assert "may take 2e-05 GiB" in patch.text
+
+    def test_an_interrupt_leaves_the_model_clean():
+        model = comfy_tiny.patcher("qwen_image")
+        shape = shape_of("qwen_image")
+        latent, mask = draw(shape, 5), hole(shape)
+        before = sampled(model, "qwen_image", mask, latent)
+        patch, clone = patched(model)
+        last = clone.model.diffusion_model.transformer_blocks[-1]
+
+        def stop(*_args):
+            raise comfy.model_management.InterruptProcessingException
+
+        handle = last.register_forward_pre_hook(stop)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sampled(clone, "qwen_image", mask, latent)
+        handle.remove()
+        assert patch.run is None
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+        assert torch.equal(sampled(model, "qwen_image", mask, latent), before)
+
+    # --- the nodes ---
+
+    nodes = comfy_host.pack_module("nodes.inpaint")
+
+    class FakeVAE:
+        """Eight pixels to a cell, and a tone that shifts, as real ones do."""
+
+        def spacial_compression_encode(self):
+            return 8
+
+        def encode(self, pixels):
+            cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+            return torch.cat([cells] * 5 + [cells[:, :1]], 1)
+
+        def decode(self, latent):
+            pixels = torch.nn.functional.interpolate(latent[:, :3], scale_factor=8)
+            return (0.9 * pixels + 0.03).movedim(1, -1)
+
+    def prepared(image, mask, model=None, **options):
+        defaults = {
+            i.id: i.default
+            for i in nodes.PrepareInpaint.define_schema().inputs
+            if getattr(i, "default", None) is not None
+        }
+        values = {**defaults, "image": image, "mask": mask, "vae": FakeVAE(), "model": model, **options}
+        return nodes.PrepareInpaint.execute(**values).args
+
+    def photo(b=1, h=128, w=160):
+        y, x = torch.linspace(0, 1, h)[:, None], torch.linspace(0, 1, w)[None]
+        base = torch.stack([0.2 + 0.5 * x * y, 0.3 + 0.4 * y.expand(h, w), 0.7 - 0.4 * x.expand(h, w)], -1)
+        return base.expand(b, -1, -1, -1) + 0.02 * draw((b, h, w, 3), 1)
+
+    def spot(b=1, h=128, w=160, top=40, left=60, size=24):
+        mask = torch.zeros(b, h, w)
+        mask[:, top : top + size, left : left + size] = 1
+        return mask
+
+    @pytest.mark.parametrize("area", ["canvas", "crop", "crop per island"])
+    @pytest.mark.parametrize("size", [(128, 160), (117, 151)])
+    @pytest.mark.parametrize("b", [1, 2])
+    def test_outside_the_mask_the_picture_comes_back_to_the_bit(area, size, b):
+        image, mask = photo(b, *size), spot(b, *size)
+        mask[:, 5:9, 140:149] = 0.5  # a second island, soft
+        latent, region, parts, holes, info = prepared(image, mask, area=area)
+        assert parts.shape[:3] == holes.shape
+        assert latent["samples"].shape[-2:] == latent["noise_mask"].shape[-2:]
+        made = {"samples": latent["samples"] + 0.2 * latent["noise_mask"]}
+        for local in (True, False):
+            for feather in (0.0, 6.0):
+                (out,) = nodes.CompositeInpaint.execute(region, made, FakeVAE(), feather, True, local).args
+                assert out.shape == image.shape
+                outside = region.mask[:, : size[0], : size[1]] == 0
+                assert outside.float().mean() > 0.5
+                assert (out - image)[outside].abs().max() == 0
+                assert (out - image)[mask == 1].abs().mean() > 0.02
+        assert "not seen" in info if area != "canvas" else "canvas" in info
+
+    def test_a_canvas_for_the_lazy_families_and_crops_for_unets():
+        flux, unet = comfy_tiny.patcher("flux"), comfy_tiny.patcher("sd15_eps")
+        _, region, *_, info = prepared(photo(), spot(), flux)
+        assert region.boxes is None
+        assert "a lazy step costs" in info
+        mask = spot()
+        mask[:, 110:120, 5:15] = 1
+        _, region, parts, *_ = prepared(photo(), mask, unet, grow=0, soften=0)
+        assert len(region.boxes) == len(parts) == 2
+        said = nodes.LazyInpaint.execute(unet, "auto", 1, 3, 5, "t", 0, False, 1.0, 1.0).args[1]
+        assert "not lazy" in said
+
+    def test_an_empty_mask_returns_the_picture_with_a_notice():
+        image = photo()
+        latent, region, *_, info = prepared(image, torch.zeros(1, 128, 160))
+        assert "empty" in info
+        (out,) = nodes.CompositeInpaint.execute(region, latent, FakeVAE(), 0.0, True, True).args
+        assert torch.equal(out, image)
+
+    def test_outpainting_adds_borders_that_are_masked_and_keeps_the_rest():
+        image = photo()
+        latent, region, *_ = prepared(image, torch.zeros(1, 128, 160), left=32, bottom=16)
+        assert region.size == (144, 192)
+        made = {"samples": torch.zeros_like(latent["samples"])}
+        (out,) = nodes.CompositeInpaint.execute(region, made, FakeVAE(), 0.0, False, True).args
+        assert out.shape == (1, 144, 192, 3)
+        kept = (region.mask[:, :144, :192] == 0)[:, :128, 32:]
+        assert (out[:, :128, 32:] - image)[kept].abs().max() == 0
+        assert out[:, 140:, :10].max() < 0.1
+
+    def test_the_tone_is_matched_and_without_it_the_seam_shows():
+        image, mask = torch.full((1, 128, 160, 3), 0.6) + 0.01 * draw((1, 128, 160, 3), 2), spot()
+        latent, region, *_ = prepared(image, mask, soften=0)
+        inside = mask == 1
+        errors = []
+        for match in (True, False):
+            (out,) = nodes.CompositeInpaint.execute(region, latent, FakeVAE(), 0.0, match, True).args
+            errors.append((out - 0.6)[inside].mean().abs().item())
+        assert errors[0] < 0.005 < 0.02 < errors[1]
+
+    @pytest.mark.parametrize(
+        ("image", "mask", "says"),
+        [
+            (photo(), spot(h=64), "same size"),
+            (photo(3), spot(2), "3 images and 2 masks"),
+            (photo() * torch.nan, spot(), "NaN"),
+        ],
+    )
+    def test_bad_pictures_and_masks_are_named(image, mask, says):
+        with pytest.raises(ValueError, match=says):
+            prepared(image, mask)
+
+    def test_a_latent_from_elsewhere_is_refused():
+        latent, region, *_ = prepared(photo(), spot(), area="crop")
+        with pytest.raises(ValueError, match="returned 2 pictures"):
+            nodes.CompositeInpaint.execute(
+                region, {"samples": latent["samples"].repeat(2, 1, 1, 1)}, FakeVAE(), 0.0, True, True
+            )
+
+    def test_the_count_of_accepted_edits_is_a_state_not_a_command():
+        model = comfy_tiny.patcher("sd3")
+        shape = shape_of("sd3")
+        canvas, mask = draw(shape, 5), hole(shape)
+        kept = nodes.SESSIONS["count"] = lazy.Session()
+        patch = lazy.Lazy(lazy.LazyConfig(mode="session", multiple=1), kept)
+        clone = patch.patch(model)
+        nodes.LazyInpaint.execute(model, "session", 1, 3, 5, "count", 7, False, 1.0, 1.0)
+        assert kept.accepted == 7  # after a restart: the picture holds them already
+        edited = sampled(clone, "sd3", mask, canvas)
+        assert kept.keep(8).startswith("the last edit is now")
+        assert kept.keep(8) == ""
+        assert "before the last" in kept.keep(7)
+        assert torch.equal(sampled(clone, "sd3", mask, canvas), edited)
+        assert "nothing to undo" in kept.keep(6)
+        said = nodes.LazyInpaint.execute(model, "session", 1, 3, 5, "count", 6, False, 1.0, 1.0).args[1]
+        assert "GiB" in said
+        nodes.LazyInpaint.execute(model, "session", 1, 3, 5, "count", 6, True, 1.0, 1.0)
+        assert kept.bank is None
+
+    class SixteenChannels(FakeVAE):
+        def encode(self, pixels):
+            return torch.cat([super().encode(pixels)] * 3, 1)[:, :16]
+
+    @pytest.mark.parametrize("family", ["flux", "sd15_eps"])
+    def test_one_node_does_it_all(family):
+        model = comfy_tiny.patcher(family)
+        vae = SixteenChannels()
+        if family == "sd15_eps":
+            vae.encode = lambda pixels: SixteenChannels().encode(pixels)[:, :4]
+        conds = [comfy_tiny.conditioning(family, s) for s in (1, 2)]
+        image, mask = photo(), spot()
+        common = (model, vae, *conds, 1, 2, 2.0, "euler", "simple", 1.0, "session", "push-pull", 0, 0)
+        with torch.inference_mode():
+            out, info = nodes.Inpaint.execute(image, mask, *common).args
+            same, notice = nodes.Inpaint.execute(image, 0 * mask, *common).args
+        assert (out - image)[mask == 0].abs().max() == 0
+        assert (out - image)[mask == 1].abs().mean() > 0.02
+        assert torch.isfinite(out).all()
+        assert ("tokens are computed" in info) == (family == "flux")
+        assert torch.equal(same, image)
+        assert "empty" in notice
+
+    @pytest.mark.parametrize("node", ["PrepareInpaint", "LazyInpaint", "CompositeInpaint", "Inpaint"])
+    def test_schemas_hold_and_every_choice_is_explained(node):
+        schema = getattr(nodes, node).GET_SCHEMA()
+        assert schema.node_id == f"DMD_{node}"
+        assert schema.search_aliases
+        for given in schema.inputs:
+            assert given.tooltip or given.id in ("model", "vae"), given.id
