@@ -1,0 +1,215 @@
+"""Models, steps and slider strengths against seeds: one labelled picture, and what was measured."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
+
+from ..dmd_core.metrics import pairwise_distance
+from ..dmd_core.sheet import sheet
+from .evidence import graph_of
+from .few_step import plan
+from .sampler import guider_of, sample_latent
+
+NONE = "none"
+MODELS = ("model", "model_2", "model_3", "model_4")
+MAX_IMAGES = 400
+SIDE = 32  # pixels at which images are compared
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    images: Tensor  # [n 3 h w] in -1..1
+    seconds: float  # per image, without decoding
+    why: str
+
+    def measured(self) -> str:
+        small = functional.interpolate(self.images, (SIDE, SIDE), mode="area")
+        apart = f", seeds differ by {pairwise_distance(rearrange(small, 'b c h w -> b (c h w)')):.3g}" * (
+            len(self.images) > 1
+        )
+        return f"{self.label}: {self.seconds:.3g} s per image{apart} ({self.why})"
+
+
+def numbers(text: str, what: str, whole: bool = True) -> list[float]:
+    """`1, 2, 4` as numbers."""
+    try:
+        found = [int(p) if whole else float(p) for p in text.replace(";", ",").split(",") if p.strip()]
+    except ValueError:
+        found = []
+    if not found:
+        raise ValueError(f"{what} is {text!r}; give numbers with commas, such as 1, 2, 4")
+    return found
+
+
+def with_slider(model: Any, slider: str, strength: float) -> Any:
+    if slider == NONE or strength == 0:
+        return model
+    path = folder_paths.get_full_path_or_raise("loras", slider)
+    tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    return comfy.sd.load_lora_for_models(model, None, tensors, strength, 0.0, lora_metadata=metadata)[0]
+
+
+def settings(model: Any, latent: dict[str, Any], steps: int, cfg: float, graph: Any, node: str, name: str) -> tuple:
+    """MODEL, SAMPLER, SIGMAS, cfg and why; a model that was never distilled gets Euler on `simple`."""
+    try:
+        found = plan(model, latent, steps=steps, graph=graph, node=node, name=name)
+        return found.model, found.sampler, found.sigmas, found.cfg, found.profile.title
+    except ValueError as unknown:
+        if not steps or "in few steps" not in str(unknown):
+            raise
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps)
+    return model, comfy.samplers.sampler_object("euler"), sigmas, cfg, f"not distilled: euler, simple, cfg {cfg:g}"
+
+
+def picture_row(chosen: tuple, conds: tuple, latent: dict[str, Any], vae: Any, seeds: Sequence[int]) -> tuple:
+    """Images of one row and the seconds each took, one seed at a time as they would be queued."""
+    model, sampler, sigmas, cfg, _ = chosen
+    images, seconds = [], 0.0
+    for seed in seeds:
+        began = time.perf_counter()
+        out = sample_latent(model, guider_of(model, *conds, cfg), sampler, sigmas, latent, seed)["samples"]
+        seconds += time.perf_counter() - began
+        pixels = vae.decode(out)
+        pixels = pixels.reshape(-1, *pixels.shape[-3:])[:1]  # of a video, the first frame
+        images.append(rearrange(pixels, "b h w c -> b c h w") * 2 - 1)
+    return torch.cat(images).float().cpu(), seconds / len(seeds)
+
+
+class Grid(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        others = [io.Model.Input(name, optional=True, tooltip="Another model to compare with.") for name in MODELS[1:]]
+        return io.Schema(
+            node_id="DMD_Grid",
+            display_name="Compare Grid",
+            category="DMD/sample",
+            description="Samples models x steps x slider strengths for the same seeds and prompt, each as it wants to "
+            "be sampled, and shows them as one labelled picture with times and variety.",
+            search_aliases=["xy plot", "compare", "grid", "sheet", "teacher against student", "dmd"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model, or the first of several."),
+                io.Conditioning.Input("positive", tooltip="The prompt of all images."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt; counts where cfg is above 1."),
+                io.Vae.Input("vae", tooltip="Turns latents into pictures."),
+                io.Latent.Input("latent", tooltip="An empty LATENT: the size of one image."),
+                io.String.Input(
+                    "steps",
+                    default="0",
+                    tooltip="Numbers of steps with commas, such as 4, 40. 0 takes what a few-step model was made for. "
+                    "Steps that a model has no levels for are left out, which the text says.",
+                ),
+                io.String.Input("seeds", default="0, 1, 2, 3", tooltip="Seeds with commas: the columns."),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="For models that were never distilled; few-step models take their own.",
+                ),
+                io.Combo.Input(
+                    "slider",
+                    options=[NONE, *folder_paths.get_filename_list("loras")],
+                    default=NONE,
+                    tooltip="A slider or other LoRA to try at several strengths.",
+                    advanced=True,
+                ),
+                io.String.Input(
+                    "strengths",
+                    default="0",
+                    tooltip="Strengths of the slider with commas, such as -1, 0, 1.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "cell",
+                    default=256,
+                    min=64,
+                    max=1024,
+                    step=32,
+                    tooltip="Size of one image, in pixels.",
+                    advanced=True,
+                ),
+                *others,
+            ],
+            outputs=[
+                io.Image.Output(tooltip="The labelled picture."),
+                io.String.Output("measured", display_name="measured", tooltip="Seconds and variety of each row."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        vae: Any,
+        latent: dict[str, Any],
+        steps: str = "0",
+        seeds: str = "0, 1, 2, 3",
+        cfg: float = 5.0,
+        slider: str = NONE,
+        strengths: str = "0",
+        cell: int = 256,
+        **others: Any,
+    ) -> io.NodeOutput:
+        columns = [int(s) for s in numbers(seeds, "seeds")]
+        axes = [
+            (name, m, int(n), s)
+            for name, m in [("model", model), *((k, others[k]) for k in MODELS[1:] if others.get(k) is not None)]
+            for n in numbers(steps, "steps")
+            for s in (numbers(strengths, "strengths", whole=False) if slider != NONE else [0.0])
+        ]
+        if len(axes) * len(columns) > MAX_IMAGES:
+            raise ValueError(f"{len(axes) * len(columns)} images are asked for, {MAX_IMAGES} are accepted; use fewer")
+        latent = {**latent, "samples": latent["samples"][:1]}
+        rows, left = [], []
+        for row in drawn(axes, slider, (positive, negative), vae, latent, columns, cfg, graph_of(cls.hidden)):
+            (rows if isinstance(row, Row) else left).append(row)
+        if not rows:
+            raise ValueError("nothing could be sampled: " + "; ".join(left))
+        page = sheet([r.images for r in rows], [r.label for r in rows], [f"seed {s}" for s in columns], cell)
+        image = torch.from_numpy(np.array(page)).float().unsqueeze(0) / 255
+        measured = "\n".join([*(r.measured() for r in rows), *left])
+        return io.NodeOutput(image, measured, ui=ui.PreviewText(measured))
+
+
+def drawn(
+    axes: Sequence[tuple],
+    slider: str,
+    conds: tuple,
+    vae: Any,
+    latent: dict,
+    seeds: Sequence[int],
+    cfg: float,
+    at: tuple,
+) -> Iterator[Row | str]:
+    """A Row for each combination, or the sentence why there is none."""
+    bar = comfy.utils.ProgressBar(len(axes))
+    for name, model, steps, strength in axes:
+        label = ", ".join([name.replace("_", " "), *([f"strength {strength:g}"] if slider != NONE else [])])
+        try:
+            chosen = settings(with_slider(model, slider, strength), latent, steps, cfg, *at, name)
+        except ValueError as error:
+            yield f"{label}, {steps} steps left out: {error}"
+        else:
+            images, seconds = picture_row(chosen, conds, latent, vae, seeds)
+            count = len(chosen[2]) - 1
+            yield Row(f"{label}, {count} step{'s' * (count != 1)}", images, seconds, chosen[4])
+        bar.update(1)
