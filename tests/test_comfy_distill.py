@@ -1,0 +1,312 @@
+"""Distill, Save, Inspect Run and Encode Prompts in the real ComfyUI, on tiny random models of its families."""
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import comfy_host
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfy
+
+if not comfy_host.in_comfy():
+    needs_host = pytest.mark.skipif(comfy_host.missing() is not None, reason=str(comfy_host.missing()))
+
+    @needs_host
+    def test_distillation_inside_comfyui():
+        comfy_host.run_tests_in_comfy(Path(__file__), "-m", "comfy and not slow")
+
+    @needs_host
+    @pytest.mark.slow
+    def test_every_family_and_method_inside_comfyui():
+        comfy_host.run_tests_in_comfy(Path(__file__), "-m", "comfy and slow")
+
+else:
+    comfy_host.start_comfy("--use-pytorch-cross-attention")
+
+    import comfy.model_management as mm
+    import comfy.sd
+    import comfy_tiny
+    import folder_paths
+    import safetensors.torch
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    import nodes
+
+    distill = comfy_host.pack_module("nodes.distill")
+    encode = comfy_host.pack_module("nodes.encode_prompts")
+    save = comfy_host.pack_module("nodes.save").Save
+    inspect_run = comfy_host.pack_module("nodes.inspect_run")
+    load_shapes = comfy_host.pack_module("nodes.load_shapes").LoadShapes
+    runfile = comfy_host.pack_module("dmd_core.runfile")
+    runs = comfy_host.pack_module("dmd_core.runs")
+    lora_files = comfy_host.pack_module("dmd_core.weights.lora")
+    Distill = distill.Distill
+    STEPS = 2
+
+    @pytest.fixture(autouse=True)
+    def place(tmp_path, monkeypatch):
+        """ComfyUI's folders, all in one that goes away."""
+        for name in ("output", "temp", "input"):
+            (tmp_path / name).mkdir()
+            monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
+        for name in ("loras", "diffusion_models"):
+            (tmp_path / name).mkdir()
+            entry = ([str(tmp_path / name)], {".safetensors"})
+            monkeypatch.setitem(folder_paths.folder_names_and_paths, name, entry)
+        folder_paths.filename_list_cache.clear()
+        return tmp_path
+
+    def method(label="DMD2", **changes):
+        """A method as the DynamicCombo gives it."""
+        options = next(i for i in Distill.GET_SCHEMA().inputs if i.id == "method").options
+        found = {i.id: i.default for o in options if o.key == label for i in o.inputs}
+        small = {"steps": STEPS, "guidance": 2.0, "critic_updates": 1, "student_lr": 1e-2, "lr": 1e-2, **changes}
+        return {"method": label, **found, **{k: v for k, v in small.items() if k in found}}
+
+    def inputs(family, label="DMD2", **changes):
+        """All inputs of the node at their defaults, but small."""
+        found = {i.id: i.default for i in Distill.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+        small = {
+            "model": comfy_tiny.patcher(family),
+            "prompts": [comfy_tiny.conditioning(family, seed)[0] for seed in range(3)],
+            "negative": comfy_tiny.conditioning(family, 9),
+            "mode": "train",
+            "run_name": "run",
+            "method": method(label),
+            **{"updates": 3, "size": 128, "batch": 2, "accumulate": 1, "rank": 2, "count": 2, "teacher_steps": 2},
+            **{"pairs": 2, "pair_steps": 2, "preview_every": 2, "check_teacher": False},
+        }
+        return found | small | changes
+
+    def draw(family, model, seed=5):
+        """One call of the stock sampler."""
+        cond, negative = (comfy_tiny.conditioning(family, s) for s in (1, 9))
+        latent = {"samples": torch.zeros(1, *comfy_tiny.FAMILIES[family].shape)}
+        with torch.inference_mode():
+            (out,) = nodes.common_ksampler(model, seed, STEPS, 2.0, "euler", "simple", cond, negative, latent)
+        return out["samples"].clone()
+
+    def weights(run="run"):
+        """The student's tensors in the run's best snapshot."""
+        folder = runs.Run(runs.locate(distill.root(), run))
+        return safetensors.torch.load_file(folder.snapshots()[-1] / "student.safetensors")
+
+    def same(a, b):
+        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+    def round_trip(family, caplog, label="DMD2"):
+        given = inputs(family, label)
+        before = draw(family, given["model"])
+        student, lora, loss, sheet, report, run = Distill.execute(**given).result
+        assert mm.in_training is False
+        assert torch.equal(draw(family, given["model"]), before), "the MODEL that went in has changed"
+        assert "finished" in report
+        assert len(loss["loss"]) == 3
+        assert all(v == v for v in loss["loss"])
+        assert sheet.ndim == 4
+        assert 0 <= sheet.min() < sheet.max() <= 1
+        path, _card = save.execute(run=run).result
+        with caplog.at_level(logging.INFO), torch.inference_mode():
+            loader = nodes.LoraLoaderModelOnly()
+            (loaded,) = loader.load_lora_model_only(given["model"], Path(path).name, 1.0)
+            (off,) = loader.load_lora_model_only(given["model"], Path(path).name, 0.0)
+        assert not [r for r in caplog.messages if "not loaded" in r or "ERROR" in r]
+        made = draw(family, loaded)
+        assert not torch.equal(made, before), "the LoRA changes nothing"
+        torch.testing.assert_close(made, draw(family, student))
+        assert torch.equal(draw(family, off), before)
+        assert len(lora_files.read_lora(path).modules) == len(lora) // (3 if any("alpha" in k for k in lora) else 2)
+        return path
+
+    def test_a_run_on_flux_leaves_the_model_alone_and_a_lora_that_stock_comfyui_loads(caplog):
+        path = round_trip("flux", caplog)
+        recipe = lora_files.read_lora(path).recipe
+        assert (recipe.family, recipe.objective, recipe.steps, recipe.trained_cfg) == ("flux", "dmd2", STEPS, 2.0)
+        assert recipe.prediction == "flow"
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("family", ["sd15_eps", "sd15_v", "sdxl", "sd3", "z_image"])
+    def test_so_do_runs_on_the_other_families(family, caplog):
+        path = round_trip(family, caplog)
+        wanted = {"sd15_eps": "eps", "sd15_v": "v", "sdxl": "eps"}.get(family, "flow")
+        assert lora_files.read_lora(path).recipe.prediction == wanted
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("label", list(distill.METHODS))
+    def test_so_do_the_other_methods(label, caplog):
+        round_trip("flux", caplog, label)
+
+    def interrupt_at(monkeypatch, step):
+        """As the Cancel button does it, while the run is under way."""
+
+        def cancel(progress):
+            if progress.step == step:
+                mm.interrupt_current_processing(True)
+
+        monkeypatch.setattr(distill, "preview", cancel)
+
+    def test_a_cancelled_run_goes_on_to_the_same_student(monkeypatch):
+        given = inputs("flux", updates=4, run_name="whole")
+        Distill.execute(**given)
+        cut = given | {"run_name": "cut"}
+        new = Distill.fingerprint_inputs(**cut)
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 2)
+            with pytest.raises(mm.InterruptProcessingException):
+                Distill.execute(**cut)
+        assert mm.in_training is False
+        assert not any(m._forward_hooks for m in given["model"].model.modules())
+        states = runs.Run(runs.locate(distill.root(), "cut")).states()
+        assert runs.step_of(states[0]) == 2
+        # the same graph is run again, not answered from ComfyUI's cache
+        assert Distill.fingerprint_inputs(**cut) != new
+        report = Distill.execute(**cut).result[4]
+        assert "goes on at step 2" in report
+        assert same(weights("cut"), weights("whole"))
+        # the control: another seed is another student
+        Distill.execute(**given | {"run_name": "other", "seed": 1})
+        assert not same(weights("other"), weights("whole"))
+
+    def test_a_run_out_of_time_hands_the_queue_back_and_goes_on():
+        given = inputs("flux", updates=2, stop_minutes=1e-9)
+        student, _lora, loss, _sheet, report, _run = Distill.execute(**given).result
+        assert isinstance(student, ExecutionBlocker), "there is no snapshot yet, so there is no student"
+        assert "queue again to go on" in report
+        assert len(loss["loss"]) == 1
+        student, *_, report, _run = Distill.execute(**given).result
+        assert not isinstance(student, ExecutionBlocker)
+        assert "finished" in report
+
+    def test_plan_measures_and_makes_nothing():
+        given = inputs("flux", mode="plan", check_teacher=True)
+        before = draw("flux", given["model"])
+        student, _lora, _loss, _sheet, words, run = Distill.execute(**given).result
+        assert isinstance(student, ExecutionBlocker)
+        assert "3 steps of" in words
+        assert "teacher: one-step variety" in words
+        assert not runs.Run(runs.locate(distill.root(), run)).states()
+        assert torch.equal(draw("flux", given["model"]), before)
+
+    def test_the_exported_run_file_says_the_same(place):
+        given = inputs("flux", mode="export run file", rank=7)
+        words = Distill.execute(**given).result[4]
+        file = runfile.read_run_file(place / "output" / "dmd" / "run" / "run.toml")
+        assert "python -m dmd_core train run.toml" in words
+        assert "Set [model] path first" in words  # this MODEL was made in memory
+        assert (file.lora.rank, file.train.steps, file.method.name, file.method.steps) == (7, 3, "dmd2", STEPS)
+        assert file.method.options["student_lr"] == 1e-2
+        assert (place / "output" / "dmd" / "run" / "prompts.txt").read_text().splitlines() == [
+            "prompt 1",
+            "prompt 2",
+            "prompt 3",
+        ]
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"prompts": comfy_tiny.conditioning("sd15_eps", 1)}, "do not fit this MODEL"),
+            ({"negative": comfy_tiny.conditioning("sd15_eps", 1)}, "do not fit this MODEL"),
+            ({"prompts": []}, "at least one prompt"),
+            ({"negative": [c for s in (1, 2) for c in comfy_tiny.conditioning("flux", s)]}, "negative holds 2"),
+            ({"run_name": "../out"}, "run name"),
+            ({"optimizer": "sgd"}, "optimizer 'sgd'"),
+        ],
+    )
+    def test_wrong_inputs_are_named_and_leave_the_model_clean(changes, words):
+        given = inputs("flux") | changes
+        with pytest.raises(ValueError, match=words):
+            Distill.execute(**given)
+        assert mm.in_training is False
+        assert not any(m._forward_hooks for m in given["model"].model.modules())
+
+    def test_defaults_of_the_widgets_are_those_of_the_config_classes():
+        options = next(i for i in Distill.GET_SCHEMA().inputs if i.id == "method").options
+        assert [o.key for o in options] == list(distill.METHODS)
+        for option in options:
+            config = {f.name: f.default for f in fields(runfile.CONFIGS[distill.METHODS[option.key][0]])}
+            shown = {i.id: i.default for i in option.inputs if i.id not in ("steps", "guidance")}
+            assert shown == {k: config[k] for k in shown}
+            assert len(shown) > 3
+
+    def test_snapshots_are_shown_saved_and_deleted(place):
+        Distill.execute(**inputs("flux", snapshot_every=1, save_every=1))
+        _curves, sheet, lora, loss, report = inspect_run.InspectRun.execute(run="run", snapshot="1").result
+        assert [f"  {n}: fidelity" in report for n in (1, 2, 3)] == [True] * 3
+        assert sheet.ndim == 4
+        assert len(loss["loss"]) == 3
+        path, card = save.execute(run="run", snapshot="1", name="sub/first").result
+        assert Path(path) == place / "loras" / "sub" / "first_00001.safetensors"
+        held = safetensors.torch.load_file(path)
+        assert same(held, lora)
+        # the control: the last one is another student
+        assert not same(held, inspect_run.InspectRun.execute(run="run", snapshot="last").result[2])
+        assert f"{STEPS}-step student" in card
+        assert (place / "output" / "dmd" / "run" / "lora" / "first_00001.png").is_file()
+        folder = runs.Run(runs.locate(distill.root(), "run"))
+        inspect_run.InspectRun.execute(run="run", snapshot="1", action=inspect_run.DROP)
+        inspect_run.InspectRun.execute(run="run", action=inspect_run.THIN)
+        assert ([runs.step_of(p) for p in folder.snapshots()], len(folder.states())) == ([2, 3], 1)
+        for choice in ("1", "first"):
+            with pytest.raises(ValueError, match="has no snapshot"):
+                save.execute(run="run", snapshot=choice)
+        inspect_run.InspectRun.execute(run="run", action=inspect_run.DELETE)
+        assert not folder.path.exists()
+        with pytest.raises(ValueError, match="there is no run 'run'"):
+            save.execute(run="run")
+
+    def test_a_merged_model_draws_as_the_student_does(place):
+        state = comfy_tiny.patcher("flux", inference=False).model.diffusion_model.state_dict()
+        file = place / "diffusion_models" / "tiny.safetensors"
+        safetensors.torch.save_file({k: v.contiguous().clone() for k, v in state.items()}, file)
+        with torch.inference_mode():
+            model = comfy.sd.load_diffusion_model(str(file))
+        student, *_ = Distill.execute(**inputs("flux", model=model)).result
+        path, _card = save.execute(run="run", what="merged model", model=model).result
+        with torch.inference_mode():
+            merged = comfy.sd.load_diffusion_model(path)
+        # the LoRA of the student MODEL is fp16, that of the merge fp32
+        torch.testing.assert_close(draw("flux", merged), draw("flux", student), rtol=2e-3, atol=2e-3)
+        assert (draw("flux", merged) - draw("flux", model)).abs().max() > 0.05
+        with pytest.raises(ValueError, match="has LoRAs on it"):
+            save.execute(run="run", what="merged model", model=student)
+        with pytest.raises(ValueError, match="file of this MODEL is not known"):
+            save.execute(run="run", what="merged model", model=comfy_tiny.patcher("flux"))
+        with pytest.raises(ValueError, match="needs its base"):
+            save.execute(run="run", what="merged model")
+
+    def test_prompts_are_encoded_once_and_stay_what_comfyui_makes_of_them(place, monkeypatch):
+        _model, clip, _vae = load_shapes.execute("teacher").result
+        (place / "input" / "more.txt").write_text("a green star\n# not this\n\na red circle\n")
+        execute = encode.EncodePrompts.execute
+        with torch.inference_mode():
+            prompts, negative = execute(clip=clip, prompts="a red circle\na blue square", file="more.txt").result
+            assert [e[1]["dmd_prompt"] for e in prompts] == ["a red circle", "a blue square", "a green star"]
+            (plain,) = nodes.CLIPTextEncode().encode(clip, "a blue square")[0]
+            torch.testing.assert_close(prompts[1][0], plain[0], rtol=1e-3, atol=1e-3)
+            assert not torch.allclose(prompts[0][0], plain[0], rtol=1e-3, atol=1e-3)
+            asked = []
+            once = encode.encode_one
+            monkeypatch.setattr(encode, "encode_one", lambda c, p: asked.append(p) or once(c, p))
+            again, _ = execute(clip=clip, prompts="a blue square\na new one").result
+            assert [p for p in asked if p not in encode.PROBES] == ["a new one"]
+            assert torch.equal(again[0][0], prompts[1][0])
+            with_more, _ = execute(clip=clip, prompts="", conditioning=[plain]).result
+            assert len(with_more) == 1
+        with pytest.raises(ValueError, match="no prompts in"):
+            execute(clip=clip, prompts="# nothing")
+        assert len(negative) == 1
+
+    @pytest.mark.slow
+    def test_the_embedded_world_is_distilled_from_prompts_and_its_teacher_passes_the_probe():
+        model, clip, vae = load_shapes.execute("teacher").result
+        with torch.inference_mode():
+            prompts, negative = encode.EncodePrompts.execute(
+                clip=clip, prompts="a small red circle\na large blue square\na green star\na yellow triangle"
+            ).result
+        given = inputs("flux", model=model, prompts=prompts, negative=negative, vae=vae, size=0, check_teacher=True)
+        *_, sheet, report, _run = Distill.execute(**given).result
+        assert "teacher: one-step variety" in report
+        assert "finished" in report
+        assert sheet.shape[-1] == 3
