@@ -2,22 +2,35 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .distill import Distill
 from .doctor import Doctor
+from .encode_prompts import EncodePrompts
 from .few_step import FewStep, FewStepSampler
 from .grid import Grid
+from .inpaint import CompositeInpaint, Inpaint, LazyInpaint, PrepareInpaint
+from .inspect_run import InspectRun
 from .load_shapes import LoadShapes
 from .negative_guidance import NegativeGuidance
+from .save import Save
 from .switch_models import SwitchModels
 from .variety import Variety
 
 NODES: list[type[io.ComfyNode]] = [
     LoadShapes,
+    EncodePrompts,
+    Distill,
+    Save,
+    InspectRun,
     FewStep,
     FewStepSampler,
     SwitchModels,
     NegativeGuidance,
     Variety,
     Grid,
+    PrepareInpaint,
+    LazyInpaint,
+    CompositeInpaint,
+    Inpaint,
     Doctor,
 ]
 
