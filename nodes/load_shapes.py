@@ -10,10 +10,12 @@ from comfy_api.latest import io
 
 from ..dmd_core import shapes
 
-STUDENTS = {
+FILES = {
     "student, 4 steps": "shapes_student_4.safetensors",
     "student, 1 step": "shapes_student_1.safetensors",
 }
+# a student is offered once its file is there
+STUDENTS = {label: name for label, name in FILES.items() if (shapes.WEIGHTS / name).is_file()}
 
 
 class ShapesTokenizer:
@@ -76,14 +78,14 @@ class LoadShapes(io.ComfyNode):
             display_name="Load Shapes (embedded demo)",
             category="DMD/load",
             description="A small text-to-image model of coloured shapes that comes with the pack. "
-            "The teacher wants 40 steps at cfg 2; the students want 4 steps or 1 at cfg 1.",
+            "The teacher wants 40 steps at cfg 2; a student wants its own number of steps at cfg 1.",
             search_aliases=["demo", "toy model", "tiny model", "shapes", "dmd", "distill"],
             inputs=[
                 io.Combo.Input(
                     "model",
                     options=["teacher", *STUDENTS],
                     default="teacher",
-                    tooltip="The slow teacher, or one of the students that were distilled from it with DMD2.",
+                    tooltip="The slow teacher, or a student that was distilled from it with DMD2.",
                 ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
