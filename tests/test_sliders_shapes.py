@@ -42,10 +42,11 @@ from dmd_core.train import TrainConfig, train
 
 pytestmark = pytest.mark.slow
 
-LATENT = (16, 16, 16)
+LATENT = demo.LATENT
 SEEDS = (0, 1, 2)  # of training; results are medians over them
 HELD_OUT = range(5_000_000, 5_000_016)
-THINGS = ("red circle", "blue square", "green star", "yellow triangle", "purple cross", "cyan ring", "orange square")
+# circles and rings show no angle, so what the recogniser says about theirs means nothing
+THINGS = ("red cross", "blue square", "green star", "yellow triangle", "purple cross", "cyan star", "orange square")
 PROMPTS = {
     "radius": SliderPrompts(neutral="a {}", positive="a large {}", negative="a small {}", attributes=THINGS),
     "x": SliderPrompts(neutral="a {}", positive="a {} at the right", negative="a {} at the left", attributes=THINGS),
@@ -184,7 +185,8 @@ def over_seeds(factor: str, b: Bench) -> dict[str, float]:
 def test_the_readouts_own_cross_talk_is_small():
     """Ground truth: one factor of a drawn scene goes from end to end, nothing else changes; what does the judge say?"""
     rng = torch.Generator().manual_seed(9)
-    scene = facts.sample(64, rng, pairs=0.0)
+    scene = facts.sample(96, rng, pairs=0.0)
+    scene = scene.take(~torch.isin(scene.shape[:, 0], torch.tensor(facts.ROUND)))
     ends = {"radius": facts.RADIUS, "x": (-facts.PLACE, facts.PLACE), "y": (-facts.PLACE, facts.PLACE)}
     for factor, (low, high) in ends.items():
         reads = []
