@@ -279,6 +279,9 @@ def randomize(model: Any, seed: int) -> Any:
         else:
             value = 0.5 * torch.randn(p.shape, generator=rng) + (1.0 if name.endswith(("weight", "scale")) else 0.0)
         p.data = value
+    for name, b in model.named_buffers():
+        if name.endswith("pos_embed"):  # SD3 leaves it as the memory was: sometimes NaN
+            b.data = torch.randn(b.shape, generator=rng)
     return model
 
 
