@@ -302,8 +302,8 @@ def batches(kind, n=8):
 CONFIG = TrainConfig(steps=5, clip=0.5)
 
 
-def learn(kind, processes=None):
-    own, data = objective(kind), batches(kind)
+def learn(kind, own, processes=None):
+    data = batches(kind)
     if processes is not None:
         wrapped, data = Shared(own, processes), SharedBatches(data, processes)
     else:
@@ -315,12 +315,13 @@ def learn(kind, processes=None):
 
 @pytest.mark.parametrize("kind", ["dmd2", "rectified_flow"])
 def test_two_equal_one_with_the_double_batch(kind):
-    expected, losses = learn(kind)
+    expected, losses = learn(kind, objective(kind))
+    own = [objective(kind) for _ in range(2)]  # not in the threads: they share the generator that networks start from
     shared = {"slots": [None] * 2, "barrier": threading.Barrier(2)}
     found = [None] * 2
 
     def work(rank):
-        found[rank] = learn(kind, Threads(rank, shared))
+        found[rank] = learn(kind, own[rank], Threads(rank, shared))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for t in threads:
@@ -418,7 +419,7 @@ def test_two_launched_processes_equal_one_and_resume(tmp_path):
         [sys.executable, *launch, str(tmp_path / "job.py")], capture_output=True, text=True, env=env, timeout=1500
     )
     assert out.returncode == 0, out.stderr[-3000:]
-    expected, _ = learn("dmd2")
+    expected, _ = learn("dmd2", objective("dmd2"))
     for rank in (0, 1):
         found = load_file(tmp_path / f"rank{rank}.safetensors")
         for k, v in expected.items():
