@@ -313,10 +313,10 @@ class Distill(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("student", display_name="student", tooltip="The model with the best snapshot on it."),
-                io.LoraModel.Output("lora", display_name="lora"),
-                io.LossMap.Output("loss", display_name="loss"),
+                io.LoraModel.Output("lora", display_name="lora", tooltip="The best snapshot, for Load LoRA Model."),
+                io.LossMap.Output("loss", display_name="loss", tooltip="Every loss of the run, for Plot Loss Graph."),
                 io.Image.Output("sheet", display_name="sheet", tooltip="Teacher and student on the same prompts."),
-                io.String.Output("report", display_name="report"),
+                io.String.Output("report", display_name="report", tooltip="What happened, in plain words."),
                 io.String.Output("run", display_name="run", tooltip="For Save and Inspect Run."),
             ],
             is_output_node=True,

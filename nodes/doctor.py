@@ -95,7 +95,7 @@ class Doctor(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("report", display_name="report"),
+                io.String.Output("report", display_name="report", tooltip="What it is and what is wrong with it."),
                 io.String.Output("path", display_name="path", tooltip="Of the copy, or of the file itself."),
             ],
             is_output_node=True,

@@ -212,8 +212,8 @@ class FewStep(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, corrected where its prediction type was set wrong."),
-                io.Sampler.Output(),
-                io.Sigmas.Output(),
+                io.Sampler.Output(tooltip="For SamplerCustom or SamplerCustomAdvanced."),
+                io.Sigmas.Output(tooltip="The noise levels that it was trained on."),
                 io.Float.Output("cfg", display_name="cfg", tooltip="The cfg that it was trained for; 1 is none."),
                 io.String.Output("why", display_name="why", tooltip="What was recognised, why, and what will hurt."),
             ],
@@ -280,7 +280,7 @@ class FewStepSampler(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output(),
+                io.Latent.Output(tooltip="The sampled image, for VAE Decode."),
                 io.String.Output("why", display_name="why", tooltip="What was recognised, why, and what will hurt."),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],

@@ -87,7 +87,9 @@ class PrepareInpaint(io.ComfyNode):
                 io.Int.Input(
                     "soften", default=8, min=0, max=128, tooltip="Pixels over which its edge fades, outwards."
                 ),
-                io.Boolean.Input("fill_holes", default=True, tooltip="A drawn outline becomes a filled shape."),
+                io.Boolean.Input(
+                    "fill_holes", default=True, tooltip="A drawn outline becomes a filled shape.", advanced=True
+                ),
                 io.Combo.Input(
                     "prefill",
                     options=["none", *inpaint.PREFILLS],
@@ -99,7 +101,9 @@ class PrepareInpaint(io.ComfyNode):
                 io.Int.Input("top", default=0, min=0, max=4096, step=8, tooltip="Outpainting: pixels added on top."),
                 io.Int.Input("right", default=0, min=0, max=4096, step=8, tooltip="Outpainting: pixels added right."),
                 io.Int.Input("bottom", default=0, min=0, max=4096, step=8, tooltip="Outpainting: pixels added below."),
-                io.Int.Input("steps", default=20, min=1, max=200, tooltip="Only for the predicted cost."),
+                io.Int.Input(
+                    "steps", default=20, min=1, max=200, tooltip="Only for the predicted cost.", advanced=True
+                ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="Encoded, with its noise mask."),
@@ -196,7 +200,7 @@ class LazyInpaint(io.ComfyNode):
             "tokens, a lazy step costs (mN+T)/(N+T) of a dense one.",
             search_aliases=["lazy", "inpaint", "faster inpaint", "lazydiffusion", "kv cache", "dmd"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="A transformer; other models pass through, and info says why."),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
@@ -205,9 +209,25 @@ class LazyInpaint(io.ComfyNode):
                     "computed once per noise level and kept between runs, so later edits pay only for the hole. "
                     "auto: by the number of steps. dense: no patch.",
                 ),
-                io.Int.Input("ring", default=DEFAULTS.ring, min=0, max=8, tooltip="Rings of tokens around the hole."),
-                io.Int.Input("warm", default=DEFAULTS.warm, min=1, max=100, tooltip="refresh: whole steps first."),
-                io.Int.Input("every", default=DEFAULTS.every, min=1, max=100, tooltip="refresh: then every so many."),
+                io.Int.Input(
+                    "ring",
+                    default=DEFAULTS.ring,
+                    min=0,
+                    max=8,
+                    tooltip="Rings of tokens around the hole.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "warm", default=DEFAULTS.warm, min=1, max=100, tooltip="refresh: whole steps first.", advanced=True
+                ),
+                io.Int.Input(
+                    "every",
+                    default=DEFAULTS.every,
+                    min=1,
+                    max=100,
+                    tooltip="refresh: then every so many.",
+                    advanced=True,
+                ),
                 io.String.Input("session", default="canvas", tooltip="Name of what is kept between runs."),
                 io.Int.Input(
                     "accepted",
@@ -219,14 +239,26 @@ class LazyInpaint(io.ComfyNode):
                 ),
                 io.Boolean.Input("forget", default=False, tooltip="session: start anew and free its memory."),
                 io.Float.Input(
-                    "memory", default=DEFAULTS.fast_gib, min=0.0, max=1024.0, step=0.5, tooltip="GiB on the device."
+                    "memory",
+                    default=DEFAULTS.fast_gib,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    tooltip="GiB of kept context on the device.",
+                    advanced=True,
                 ),
                 io.Float.Input(
-                    "spill", default=DEFAULTS.slow_gib, min=0.0, max=1024.0, step=0.5, tooltip="GiB in main memory."
+                    "spill",
+                    default=DEFAULTS.slow_gib,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    tooltip="GiB of it in main memory, once the device has no room left.",
+                    advanced=True,
                 ),
             ],
             outputs=[
-                io.Model.Output(),
+                io.Model.Output(tooltip="The patched model, for any sampler."),
                 io.String.Output(display_name="info", tooltip="What will happen. The node shows what did happen."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -278,7 +310,7 @@ class CompositeInpaint(io.ComfyNode):
             inputs=[
                 RegionType.Input("region", tooltip="From Prepare Inpaint."),
                 io.Latent.Input("samples", tooltip="From the sampler."),
-                io.Vae.Input("vae"),
+                io.Vae.Input("vae", tooltip="The one that Prepare Inpaint encoded with."),
                 io.Float.Input(
                     "feather",
                     default=0.0,
@@ -295,7 +327,7 @@ class CompositeInpaint(io.ComfyNode):
                     "local", default=True, tooltip="Decode only the hole and some context, where that saves work."
                 ),
             ],
-            outputs=[io.Image.Output()],
+            outputs=[io.Image.Output(tooltip="The whole picture, the given one outside of the mask.")],
         )
 
     @classmethod
@@ -386,7 +418,10 @@ class Inpaint(io.ComfyNode):
                 io.Int.Input("grow", default=8, min=-128, max=256, tooltip="Pixels by which the mask grows."),
                 io.Int.Input("soften", default=8, min=0, max=128, tooltip="Pixels over which its edge fades."),
             ],
-            outputs=[io.Image.Output(), io.String.Output(display_name="info")],
+            outputs=[
+                io.Image.Output(tooltip="The whole picture, the given one outside of the mask."),
+                io.String.Output(display_name="info", tooltip="Tokens, cost, notices."),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

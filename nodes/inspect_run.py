@@ -59,11 +59,11 @@ class InspectRun(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("curves", display_name="curves"),
-                io.Image.Output("sheet", display_name="sheet"),
+                io.Image.Output("curves", display_name="curves", tooltip="Every loss and measure over the updates."),
+                io.Image.Output("sheet", display_name="sheet", tooltip="Teacher and student on the same prompts."),
                 io.LoraModel.Output("lora", display_name="lora", tooltip="The snapshot, for Load LoRA Model."),
-                io.LossMap.Output("loss", display_name="loss"),
-                io.String.Output("report", display_name="report"),
+                io.LossMap.Output("loss", display_name="loss", tooltip="Every loss of the run, for Plot Loss Graph."),
+                io.String.Output("report", display_name="report", tooltip="What happened, in plain words."),
             ],
             is_output_node=True,
         )

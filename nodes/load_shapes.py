@@ -88,7 +88,11 @@ class LoadShapes(io.ComfyNode):
                     tooltip="The slow teacher, or a student that was distilled from it with DMD2.",
                 ),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[
+                io.Model.Output(tooltip="The teacher, or the student with its recipe on it."),
+                io.Clip.Output(tooltip="Reads prompts such as: a large red circle in the top left."),
+                io.Vae.Output(tooltip="Turns its latents into pictures."),
+            ],
         )
 
     @classmethod

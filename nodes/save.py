@@ -80,7 +80,7 @@ class Save(io.ComfyNode):
                 io.Model.Input("model", optional=True, tooltip="For merged: the base, straight from its loader."),
             ],
             outputs=[
-                io.String.Output("path", display_name="path"),
+                io.String.Output("path", display_name="path", tooltip="Of the file that was written."),
                 io.String.Output("card", display_name="card", tooltip="Model-card text."),
             ],
             is_output_node=True,

@@ -189,9 +189,9 @@ class SwitchModels(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Guider.Output(),
-                io.Sampler.Output(),
-                io.Sigmas.Output(),
+                io.Guider.Output(tooltip="The models as one, for SamplerCustomAdvanced."),
+                io.Sampler.Output(tooltip="For SamplerCustomAdvanced."),
+                io.Sigmas.Output(tooltip="The noise levels that are shared out."),
                 io.String.Output("why", display_name="why", tooltip="Who does which levels, and why."),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
