@@ -90,7 +90,7 @@ class LoadShapes(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The teacher, or the student with its recipe on it."),
-                io.Clip.Output(tooltip="Reads prompts such as: a large red circle in the top left."),
+                io.Clip.Output(tooltip="Reads prompts such as: a large red circle top left"),
                 io.Vae.Output(tooltip="Turns its latents into pictures."),
             ],
         )
