@@ -117,7 +117,8 @@ class AdapterBank:
                 f"adapter set {name!r} has {len(unknown)} layers that this network lacks, such as {unknown[0]!r}; "
                 "load it on the model family it was made for"
             )
-        loaded = {n: LowRank(self.layers[n], state[f"{n}.down"].shape[0]) for n in names}
+        rng = torch.Generator()  # its draws are overwritten; the global one belongs to the host
+        loaded = {n: LowRank(self.layers[n], state[f"{n}.down"].shape[0], rng) for n in names}
         for n, adapter in loaded.items():
             for part, p in adapter.named_parameters():
                 given = state[f"{n}.{part}"]

@@ -10,6 +10,7 @@ from .grid import Grid
 from .inpaint import CompositeInpaint, Inpaint, LazyInpaint, PrepareInpaint
 from .inspect_run import InspectRun
 from .load_shapes import LoadShapes
+from .mix_sliders import MixSliders
 from .negative_guidance import NegativeGuidance
 from .save import Save
 from .switch_models import SwitchModels
@@ -21,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     Distill,
     Save,
     InspectRun,
+    MixSliders,
     FewStep,
     FewStepSampler,
     SwitchModels,

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..families import FAMILIES, by_name, layer_path, spelled, split_key
+from ..families import FAMILIES, Names, by_name, layer_path, naming, spelled, split_key
 from ..families.names import OTHERS
 from .files import DTYPE_NAMES, Spec, free_path, open_tensors, write_streaming
 from .header import Header, read_header, unwrapped
 from .keys import slots
-from .lora import fit, read_lora, save_lora
+from .lora import fit, lora_of, read_lora, save_lora
 from .profiles import Evidence, Match, Profile, recognise_file
 from .structure import Structure, identify
 
@@ -81,6 +81,12 @@ def _lora(path: Path, header: Header, structure: Structure, match: Match) -> lis
                 f"its keys are PEFT's: ComfyUI drops the {len(lost)} of {len(layers)} layers inside attention silently"
             )
             found.append(Finding(level="problem", text=text, fix="kohya keys"))
+    if lost := _unreadable(structure.family, [layer for layer, _ in keys.values()]):
+        text = (
+            f"ComfyUI drops {len(lost)} of {len(layers)} layers silently: it knows no underscored diffusers names of "
+            "transformers (sliders of the original trainers for Flux are such files)"
+        )
+        found.append(Finding(level="problem", text=text, fix="native keys; connect the model"))
     halves = {p: {layer for layer, part in keys.values() if part == p} for p in ("down", "up", "alpha")}
     alone = sorted((halves["down"] | halves["up"]) - (halves["down"] & halves["up"]))
     if alone and structure.layout != "lycoris":
@@ -103,6 +109,14 @@ def _lora(path: Path, header: Header, structure: Structure, match: Match) -> lis
     if not structure.family:
         found.append(Finding(level="warning", text="which model it belongs to cannot be told from its names"))
     return found
+
+
+def _unreadable(family: str, layers: Iterable[str]) -> set[str]:
+    """lora_unet_ with diffusers' names of a transformer: ComfyUI maps that prefix to its own names alone."""
+    if not family or family in UNETS or not by_name(family).same:  # without `same`, ComfyUI's names are diffusers'
+        return set()
+    found = {spelled(n) for n in layers if n.startswith("lora_unet_")}
+    return found if found and naming(Names(found), by_name(family)) == "diffusers" else set()
 
 
 def _alpha_over_rank(path: Path, header: Header, structure: Structure) -> float | None:
@@ -154,11 +168,13 @@ def coverage(path: str | os.PathLike[str], names: Iterable[str]) -> Coverage:
     table = slots(names, family, names)
     layers = {spelled(layer): layer for layer, _ in (split_key(k) for k in header.shapes if not OTHERS.match(k))}
     peft = structure.layout == "peft" and structure.family in UNETS
-    lost = {n for n in layers if n not in table or (peft and n.endswith(DROPPED))}
+    unreadable = _unreadable(structure.family, layers.values())
+    lost = {n for n in layers if n not in table or n in unreadable or (peft and n.endswith(DROPPED))}
     reason = ""
     if lost:
         absent = sum(n not in table for n in lost)
-        why = "this model has no such layers" if absent else "ComfyUI does not know PEFT's names inside attention"
+        spelling = "underscored diffusers names" if unreadable else "PEFT's names inside attention"
+        why = "this model has no such layers" if absent else f"ComfyUI does not know {spelling}"
         reason = f"{len(lost)} of {len(layers)} layers are silently left out: {why}"
     return Coverage(
         reached=tuple(sorted(layers[n] for n in layers if n not in lost)),
@@ -202,7 +218,8 @@ def _repair_lora(
     scale: float | None,
     network: Mapping[str, tuple[int, ...]] | None,
 ) -> Path:
-    file = read_lora(path)
+    is_pickle = found.header.format == "pickle"
+    file = lora_of(_pickled(path), found.header.name) if is_pickle else read_lora(path)
     if file.text_keys:
         raise ValueError(
             f"{found.header.name} holds {len(file.text_keys)} tensors for text encoders, which a copy would lose; "
@@ -251,8 +268,13 @@ def _tensors(path: Path, header: Header) -> Iterator[tuple[dict[str, Spec], Call
         with open_tensors(path) as get:
             yield {k: (DTYPE_NAMES[header.dtypes[k]], s) for k, s in header.shapes.items()}, get
     else:
-        _, tensors = unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        tensors = _pickled(path)
         yield {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, tensors.__getitem__
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    """Tensors of a pickle that has passed read_header."""
+    return unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True))[1]
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Read: kohya, PEFT, diffusers and native keys, fused or split q/k/v, into any ban
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,22 +146,33 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     """Any LoRA file whose modules are up @ down; what it holds beyond that is refused by name."""
     path = Path(path)
     header = read_weights_header(path)
+    with open_tensors(path) as get:
+        return _lora_file(path, header, get)
+
+
+def lora_of(tensors: Mapping[str, Tensor], name: str, metadata: Mapping[str, str] | None = None) -> LoraFile:
+    """The same from tensors that somebody else has read, a pickle's say; name: of the file."""
+    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
+    header = Header(name=name, size=0, format="memory", shapes=shapes, metadata=dict(metadata or {}))
+    return _lora_file(Path(name), header, lambda key: tensors[key])
+
+
+def _lora_file(path: Path, header: Header, get: Callable[[str], Tensor]) -> LoraFile:
     halves, text = _sort_keys(header)
     modules: dict[str, tuple[Tensor, Tensor]] = {}
-    with open_tensors(path) as get:
-        for layer, parts in halves.items():
-            # copies: the tensors of an open file are the file, and would change or die with it
-            down, up = (get(parts[half]).to(torch.float32, copy=True) for half in ("down", "up"))
-            rank = down.shape[0] if down.ndim >= 2 else 0
-            if up.ndim < 2 or up.shape[1] != rank or rank == 0:
-                raise ValueError(
-                    f"{header.name}: the ranks of {layer} do not fit: down is {tuple(down.shape)}, up is "
-                    f"{tuple(up.shape)}; the file is damaged or no LoRA"
-                )
-            alpha = get(parts["alpha"]).float().reshape(-1)[0].item() if "alpha" in parts else rank
-            if spelled(layer) in modules:
-                raise ValueError(f"{header.name} holds the layer {layer} twice, in two spellings; remove one of them")
-            modules[spelled(layer)] = (down, up * (alpha / rank))
+    for layer, parts in halves.items():
+        # copies: the tensors of an open file are the file, and would change or die with it
+        down, up = (get(parts[half]).to(torch.float32, copy=True) for half in ("down", "up"))
+        rank = down.shape[0] if down.ndim >= 2 else 0
+        if up.ndim < 2 or up.shape[1] != rank or rank == 0:
+            raise ValueError(
+                f"{header.name}: the ranks of {layer} do not fit: down is {tuple(down.shape)}, up is "
+                f"{tuple(up.shape)}; the file is damaged or no LoRA"
+            )
+        alpha = get(parts["alpha"]).float().reshape(-1)[0].item() if "alpha" in parts else rank
+        if spelled(layer) in modules:
+            raise ValueError(f"{header.name} holds the layer {layer} twice, in two spellings; remove one of them")
+        modules[spelled(layer)] = (down, up * (alpha / rank))
     recipe = read_recipe(header.metadata)
     known = recipe is not None and recipe.family not in ("", GENERIC.name)
     family = by_name(recipe.family) if known and recipe else detect(Names(header.shapes))
