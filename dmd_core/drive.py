@@ -200,9 +200,18 @@ class Session:
         return sum(last) / len(last) if last else 0.0
 
     def save(self, meta: Mapping[str, Any] | None = None) -> Path:
+        self.refuse_broken()
         path = self.run.save(self.state, self.settings.keep, meta)
         self.saved_at, self.saved_step = time.monotonic(), self.state.step
         return path
+
+    def refuse_broken(self) -> None:
+        """An update can break weights after sound losses: the last good state must not make room for such a one."""
+        if bad := self.state.broken():
+            raise NonFinite(
+                f"the weights of {', '.join(bad)} became NaN or infinite in the update of step {self.state.step}; "
+                "they are not saved. Lower the learning rate"
+            )
 
     def draw_preview(self) -> Image.Image | None:
         if self.preview is None:
@@ -216,6 +225,7 @@ class Session:
         name, step = self.settings.player, self.state.step
         if name not in self.state.params:
             return None
+        self.refuse_broken()
         with self.run.new_snapshot(step) as folder, self.state.averaged(name):
             if self.gallery is None:
                 write_student(folder, self.state.params[name], step)

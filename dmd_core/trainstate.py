@@ -50,6 +50,13 @@ class TrainState:
                 for key, average in self.ema[name].items():
                     average.lerp_(player.params[key].detach(), 1 - decay)
 
+    @torch.no_grad()
+    def broken(self) -> list[str]:
+        """Players with a parameter that holds NaN or infinities."""
+        # one device sync for all of them; a sum is finite only if all that went in is
+        sums = [torch.stack([p.float().abs().sum() for p in ps.values()]).sum() for ps in self.params.values()]
+        return [k for k, s in zip(self.params, sums, strict=True) if not s.isfinite()]
+
     @contextmanager
     def averaged(self, name: str) -> Iterator[None]:
         """Inside, the player's parameters are its EMA (or themselves where none is kept)."""
