@@ -1,0 +1,157 @@
+"""Graphs in the real frontend, in Chromium: API form -> what a user opens, and back."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comfy_server import Server
+from graph_files import Api, Layout
+
+GAP, COLUMN_GAP, GROUP_GAP = 64, 40, 60  # between nodes, columns and groups; a node's title stands in the first
+PAD, HEADER = 20, 84  # inside of a group: at its sides, above its first node's body
+NOTE_WIDTH, NOTE_LINE, NOTE_CHARACTERS = 460, 23, 56
+VIEW = {"width": 1600, "height": 1000}
+READY = "window.app && window.app.graph && Object.keys(window.LiteGraph?.registered_node_types || {}).length > 100"
+LOAD_API = """async (spec) => {
+    await app.loadApiJson(spec.api, spec.name);
+    for (const node of app.graph.nodes)
+        for (const w of node.widgets ?? []) if (w.name === 'control_after_generate') w.value = 'fixed';
+    return Object.fromEntries(app.graph.nodes.map(n => [String(n.id), [...n.computeSize()]]));
+}"""
+ARRANGE = """(spec) => {
+    for (const [id, box] of Object.entries(spec.nodes)) {
+        const node = app.graph.getNodeById(id) ?? app.graph.getNodeById(Number(id));
+        node.pos = [box[0], box[1]];
+        node.setSize([box[2], box[3]]);
+    }
+    const note = LiteGraph.createNode('MarkdownNote');
+    note.title = 'Read me';
+    app.graph.add(note);
+    note.pos = [spec.note.box[0], spec.note.box[1]];
+    note.setSize([spec.note.box[2], spec.note.box[3]]);
+    note.widgets[0].value = spec.note.text;
+    for (const g of spec.groups) {
+        const group = new LiteGraph.LGraphGroup(g.title);
+        group.pos = [g.box[0], g.box[1]];
+        group.size = [g.box[2], g.box[3]];
+        app.graph.add(group);
+    }
+    return app.graph.serialize();
+}"""
+OPEN = "async (ui) => { await app.loadGraphData(ui); }"
+PROMPT = "async () => (await app.graphToPrompt()).output"
+STRANGERS = "() => app.graph.nodes.filter(n => !(n.type in LiteGraph.registered_node_types)).map(n => n.type)"
+APP_VIEW = """() => app.graph.extra?.linearData ?? null"""
+FIT = """() => {
+    const boxes = [...app.graph.nodes, ...app.graph.groups].map(n => n.boundingRect ?? n.getBounding?.());
+    const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]));
+    const right = Math.max(...boxes.map(b => b[0] + b[2])), bottom = Math.max(...boxes.map(b => b[1] + b[3]));
+    const ds = app.canvas.ds, [w, h] = [window.innerWidth - 120, window.innerHeight - 140];
+    ds.scale = Math.min(w / (right - left), h / (bottom - top), 1);
+    ds.offset = [-left + 90 / ds.scale, -top + 90 / ds.scale];
+    app.canvas.setDirty(true, true);
+}"""
+
+
+@dataclass
+class Browser:
+    page: Any
+    server: Server
+    errors: list[str] = field(default_factory=list)  # of the console, since the last graph was opened
+
+    def sizes(self, name: str, api: Api) -> dict[str, list[float]]:
+        """Opens an API form; the least size of every node."""
+        found: dict[str, list[float]] = self.page.evaluate(LOAD_API, {"api": api, "name": name})
+        return found
+
+    def arranged(self, layout: Layout, sizes: Mapping[str, list[float]]) -> dict[str, Any]:
+        """What is open, laid out, with its note and groups, as the frontend saves it."""
+        ui: dict[str, Any] = self.page.evaluate(ARRANGE, boxes(layout, sizes))
+        return ui
+
+    def opened(self, ui: Mapping[str, Any]) -> "Browser":
+        self.errors.clear()
+        self.page.evaluate(OPEN, dict(ui))
+        return self
+
+    def prompt(self) -> Api:
+        """The API form of what is open."""
+        found: Api = self.page.evaluate(PROMPT)
+        return found
+
+    def strangers(self) -> list[str]:
+        """Types of nodes that this ComfyUI does not have."""
+        found: list[str] = self.page.evaluate(STRANGERS)
+        return found
+
+    def app_view(self) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self.page.evaluate(APP_VIEW)
+        return found
+
+    def screenshot(self, path: Path, **options: Any) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.page.evaluate(FIT)
+        self.page.wait_for_timeout(700)
+        self.page.screenshot(path=str(path), **options)
+        return path
+
+
+def chromium() -> str | None:
+    """CHROMIUM, or a browser of the system; None leaves it to playwright."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return os.environ.get("CHROMIUM") or next((p for n in names if (p := shutil.which(n))), None)
+
+
+@contextmanager
+def browsing(server: Server) -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    # a first start greets with a tour
+    for name, value in (("Comfy.TutorialCompleted", True), ("Comfy.Workflow.ShowMissingModelsWarning", False)):
+        server.post(f"/settings/{name}", value)
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
+        page = found.new_page(viewport=VIEW)
+        browser = Browser(page, server)
+        page.on("pageerror", lambda error: browser.errors.append(str(error)))
+        page.on("console", lambda said: ours(said, server.url) and browser.errors.append(said.text))
+        page.goto(server.url, wait_until="domcontentloaded")
+        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_timeout(1500)
+        try:
+            yield browser
+        finally:
+            found.close()
+
+
+def ours(said: Any, url: str) -> bool:
+    """An error, and not that a service in the world out there cannot be reached from here."""
+    place = (said.location or {}).get("url", "")
+    outside = place.startswith("http") and not place.startswith(url)
+    return said.type == "error" and not outside and "ERR_" not in said.text
+
+
+def boxes(layout: Layout, sizes: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Where everything stands: groups from left to right, their columns likewise, nodes from top to bottom."""
+    nodes, groups, left = {}, [], 0.0
+    for group in layout.groups:
+        x, bottom = left + PAD, 0.0
+        for column in group["columns"]:
+            y, width = 0.0, 0.0
+            for key in column:
+                w, h = (max(a, b) for a, b in zip(sizes[key], layout.sizes.get(key, (270, 0)), strict=True))
+                nodes[key] = [x, y, w, h]
+                y, width = y + h + GAP, max(width, w)
+            x, bottom = x + width + COLUMN_GAP, max(bottom, y - GAP)
+        right = x - COLUMN_GAP + PAD
+        box = [left, -HEADER, right - left, bottom + HEADER + PAD]
+        groups.append({"title": group["title"], "box": box})
+        left = right + GROUP_GAP
+    lines = sum(1 + len(line) // NOTE_CHARACTERS for line in layout.note.splitlines())
+    height = 80 + NOTE_LINE * lines
+    note = {"text": layout.note, "box": [-NOTE_WIDTH - GROUP_GAP, -HEADER + 40, NOTE_WIDTH, height]}
+    return {"nodes": nodes, "groups": groups, "note": note}
