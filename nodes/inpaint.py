@@ -22,6 +22,7 @@ from .lazy_inpaint import MODES, Lazy, LazyConfig, Session, memory, predicted
 DEFAULTS = LazyConfig()
 TEXT_TOKENS = 256  # assumed for the predicted cost; the report after a run has the real number
 PAD = 16  # latent cells around the hole that a local decode sees
+UNPAINTED = (64, 64)  # of the mask that Load Image gives where nothing was painted, whatever the picture's size
 SESSIONS: dict[str, Session] = {}
 
 RegionType = io.Custom("DMD_REGION")
@@ -138,6 +139,8 @@ class PrepareInpaint(io.ComfyNode):
 
 def extended(image: Tensor, mask: Tensor, sides: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
     """Image and mask with new borders (left, right, top, bottom), which are to be painted."""
+    if mask.shape[-2:] == UNPAINTED and not mask.any():
+        mask = mask.new_zeros((len(mask), *image.shape[-2:]))
     mask = inpaint.check(image, mask)
     if not any(sides):
         return image, mask
