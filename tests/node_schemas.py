@@ -2,8 +2,8 @@
 
     python tests/node_schemas.py      rewrites tests/golden/nodes.json and locales/en/nodeDefs.json from a ComfyUI
 
-The golden lets everything else be checked without a ComfyUI: help, languages, graphs. It also protects saved graphs: ids
-are permanent, inputs are only ever appended.
+The golden lets everything else be checked without a ComfyUI: help, languages, graphs. It also protects saved graphs:
+ids are permanent, inputs are only ever appended.
 """
 
 import json
@@ -26,10 +26,10 @@ OPEN = {
     "DMD_Doctor": ("file",),
     "DMD_Inpaint": ("sampler_name", "scheduler"),
 }
-KEPT = (
-    "display_name description category search_aliases input input_order output output_name output_is_list "
-    "output_tooltips output_node is_input_list deprecated experimental"
-).split()
+KEPT = [
+    *("display_name", "description", "category", "search_aliases", "input", "input_order", "is_input_list"),
+    *("output", "output_name", "output_is_list", "output_tooltips", "output_node", "deprecated", "experimental"),
+]
 
 Schemas = dict[str, dict[str, Any]]
 
