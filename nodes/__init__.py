@@ -14,6 +14,7 @@ from .mix_sliders import MixSliders
 from .negative_guidance import NegativeGuidance
 from .save import Save
 from .switch_models import SwitchModels
+from .train_slider import TrainSlider
 from .variety import Variety
 
 NODES: list[type[io.ComfyNode]] = [
@@ -22,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     Distill,
     Save,
     InspectRun,
+    TrainSlider,
     MixSliders,
     FewStep,
     FewStepSampler,

@@ -87,10 +87,12 @@ class Student:
 
 
 def loss_map(run: Run) -> dict[str, list[float]]:
-    """ComfyUI's LOSS_MAP: `loss` is the student's, all others stand beside it under their own names."""
-    found = loss_series(run.history())
-    own = [v for k, v in sorted(found.items()) if k.startswith("student/")]
-    return {"loss": [sum(step) for step in zip(*own, strict=False)], **found}
+    """ComfyUI's LOSS_MAP: `loss` is the student's (or all, without one), the others stand beside it by name."""
+    history = run.history()
+    found = loss_series(history)
+    own = {k for k in found if k.startswith("student/")} or set(found)
+    steps = [[v for k, v in r.get("losses", {}).items() if k in own and v is not None] for r in history]
+    return {"loss": [sum(step) for step in steps if step], **found}
 
 
 def curves_of(run: Run) -> Image.Image:

@@ -12,6 +12,12 @@ from .calibration import Calibration, Point
 KEY = "dmd_slider"
 VERSION = 1
 KINDS = ("text", "image pairs", "discovered")
+VERDICTS = {
+    "works": "works",
+    "nothing": "DOES NOTHING that was measured",
+    "drifts": "drags other things along",
+    "weak": "is weak",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,3 +101,23 @@ def random_strengths(
 
 def describe(usable: tuple[float, float]) -> str:
     return f"{usable[0]:+g} to {usable[1]:+g}"
+
+
+def words(c: SliderCard) -> str:
+    """What was measured, for people: what it does, how far, what else moves, and first of all if it works."""
+    at = {p.strength: p for p in c.points}
+    plus, minus, side = at[1.0], at[-1.0], max(at[1.0].drift, at[-1.0].drift)
+    ends = f" ({c.ends[1]} - {c.ends[0]})" if c.ends else ""
+    made = f", rank {c.rank} on {c.layers} layers" + (f" of {c.base}" if c.base else "")
+    lines = [
+        f"{c.name}{ends}: a slider from {c.kind}{made}" if c.kind != "discovered" else f"{c.name}{ends}{made}",
+        f"  {VERDICTS[c.verdict]}; use it from {describe(c.usable)}",
+        f"  +1 moves it by {plus.response:+.2f} standard deviations of what the model varies in, -1 by "
+        f"{minus.response:+.2f}; other things by up to {side:.2f}",
+        f"  per picture, effect follows strength with a rank correlation of {c.monotony:.2f}; looked at by {c.encoder}",
+    ]
+    if c.explained is not None and c.stability is not None:
+        lines.append(f"  {c.explained:.0%} of the pool's variety, and {c.stability:.2f} of 1 the same in halves of it")
+    if c.additivity is not None:
+        lines.append(f"  in a mix with the others at +-0.5 it is off the sum by {c.additivity:.2f} standard deviations")
+    return "\n".join([*lines, *([f"  WARNING: {c.warning}"] if c.warning else [])])

@@ -52,7 +52,8 @@ class Sampling:
 
     shape: tuple[int, ...]  # [c h w] of one latent
     sigmas: tuple[float, ...]  # falling, without the final 0
-    gamma: float = 0.0  # 0: deterministic; 1: fresh noise at every step (DMD2, LCM)
+    gamma: float | Sequence[float] = 0.0  # 0: deterministic; 1: fresh noise at every step (DMD2, LCM)
+    keep: str = "time"  # see samplers.sample_restart
     guidance: float = 1.0  # as in KSampler; 1: none
     negative: Any = None
     batch: int = 16
@@ -76,7 +77,7 @@ class Sampling:
             denoiser = Guided(denoiser, self.guidance, self.negative)
         levels = torch.tensor([*self.sigmas, 0.0], device=device)
         x = start(denoiser.schedule, draw(), levels[0])
-        return sample_restart(denoiser, x, levels, cond, draw, self.gamma)
+        return sample_restart(denoiser, x, levels, cond, draw, self.gamma, keep=self.keep)
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,24 @@ class Pool:
 
 
 def draw_pool(
-    denoiser: Denoiser, sampling: Sampling, cond: Any, n: int, first_seed: int = 0, device: Any = "cpu"
+    denoiser: Denoiser,
+    sampling: Sampling,
+    cond: Any,
+    n: int,
+    first_seed: int = 0,
+    device: Any = "cpu",
+    begin: int = 0,
 ) -> Iterator[Pool]:
-    """Parts of a pool of n, as they are made, so that the caller can draw, save and cancel; prompts take turns."""
+    """Parts of a pool of n, as they are made, so that the caller can draw, save and cancel; prompts take turns.
+
+    begin: how many samples there are already; the rest is what an undivided call would have made of it.
+    """
     if n < 1:
         raise ValueError(f"a pool of {n} samples was asked for; give at least 1 (directions need a few hundred)")
+    if begin >= n:
+        return
     row = torch.arange(n) % count(cond)
-    for index in torch.arange(n).split(sampling.batch):
+    for index in torch.arange(begin, n).split(sampling.batch):
         seeds = [first_seed + i for i in index.tolist()]
         yield Pool(sampling(denoiser, pick(cond, row[index]), seeds, device), row[index])
 
