@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .discover_sliders import DiscoverSliders
 from .distill import Distill
 from .doctor import Doctor
 from .encode_prompts import EncodePrompts
@@ -9,6 +10,7 @@ from .few_step import FewStep, FewStepSampler
 from .grid import Grid
 from .inpaint import CompositeInpaint, Inpaint, LazyInpaint, PrepareInpaint
 from .inspect_run import InspectRun
+from .instant_slider import InstantSlider
 from .load_shapes import LoadShapes
 from .mix_sliders import MixSliders
 from .negative_guidance import NegativeGuidance
@@ -24,6 +26,8 @@ NODES: list[type[io.ComfyNode]] = [
     Save,
     InspectRun,
     TrainSlider,
+    DiscoverSliders,
+    InstantSlider,
     MixSliders,
     FewStep,
     FewStepSampler,
@@ -39,6 +43,9 @@ NODES: list[type[io.ComfyNode]] = [
 ]
 
 
+# Node ids are permanent. Should one ever change, its old id goes on working by
+# `await ComfyAPI().node_replacement.register(io.NodeReplace(...))` in this class's on_load. None has changed yet, so
+# nothing is registered; tests/test_comfy_schemas.py fails when an id or an input disappears.
 class DMDExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
