@@ -266,6 +266,8 @@ class Session:
             self.save()
         if self.first:
             whole = self.state.step >= self.config.steps
+            if whole and self.state.step not in map(step_of, self.run.snapshots()):
+                self.take_snapshot()  # a run that was cancelled in its very last pictures has a state of that step
             self.write_report("finished" if whole else "stopped by the time limit; start it again to go on")
 
     def failed(self, why: str) -> None:

@@ -426,6 +426,23 @@ def test_a_full_device_is_caught_wherever_it_happens(tmp_path, monkeypatch, wher
     assert same(weights(rest[0]), weights(whole[0]))
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_run_that_breaks_off_in_its_last_pictures_has_them_when_it_is_started_again(tmp_path, error):
+    """Its last state is saved then, and no step is left that would take the snapshot."""
+
+    def broken() -> None:
+        raise error
+
+    run, pictures = Run(tmp_path / "r"), torch.rand(2, 3, 8, 8)
+    with pytest.raises(error):
+        go(reflow(), run, gallery=Gallery(["a", "b"], broken, lambda: pictures))
+    assert step_of(run.states()[0]) == 12
+    assert not run.snapshots()
+    assert go(reflow(), run, gallery=Gallery(["a", "b"], lambda: pictures, lambda: pictures)) == []
+    assert [step_of(p) for p in run.snapshots()] == [12]
+    assert "finished" in (run.path / "report.txt").read_text()
+
+
 @pytest.mark.gpu
 def test_a_full_gpu_is_caught_and_gives_its_memory_back(tmp_path):
     layer = nn.Linear(2, 2).cuda()
