@@ -1,0 +1,53 @@
+"""python -m bench TABLE | all | cuda | page, from the repository's root. One command per table."""
+
+import json
+import sys
+
+import torch
+
+TABLES = ("training", "memory", "sampling", "inpainting", "sliders", "processes", "scaling", "start")
+
+
+def make(name: str):
+    """The table, measured now."""
+    from . import inpainting, processes, sampling, sliders, start, training
+
+    return {
+        "training": training.on_cpu,
+        "memory": training.on_paper,
+        "sampling": sampling.on_cpu,
+        "inpainting": inpainting.on_cpu,
+        "sliders": sliders.on_cpu,
+        "processes": processes.on_cpu,
+        "scaling": processes.on_paper,
+        "start": start.on_cpu,
+    }[name]()
+
+
+def main(args: list[str]) -> None:
+    torch.set_num_threads(1)
+    match args:
+        case ["peak", name, side, batch]:
+            from .training import peak
+
+            print(json.dumps(peak(name, side, int(batch))))
+        case ["work"]:
+            from .processes import work
+
+            work()
+        case ["cuda"]:
+            from .cuda import main as on_cuda
+
+            on_cuda()
+        case ["page"]:
+            from .page import write
+
+            print(write())
+        case [chosen] if chosen in (*TABLES, "all"):
+            for name in TABLES if chosen == "all" else args:
+                print(make(name).write("cpu", f"python -m bench {name}"))
+        case _:
+            raise SystemExit(f"give one of {', '.join((*TABLES, 'all', 'cuda', 'page'))}")
+
+
+main(sys.argv[1:])

@@ -1,0 +1,114 @@
+"""How a figure is taken and kept: both sides in turn in one run, with machine, versions, command, seed and the ratio.
+
+On a CPU the clock counts what this process computed, so that a busy machine does not change a ratio, and only ratios
+are kept. On CUDA it is wall time after a synchronisation, and milliseconds are kept too.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
+NOT_RUN = "not run"
+Work = Callable[[], object]
+
+
+@dataclass
+class Table:
+    """One table of the page. Rows share their keys; a value is a number, a text, or NOT_RUN."""
+
+    name: str
+    title: str
+    about: str  # what is compared with what
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, device: str, command: str) -> Path:
+        tier = "cuda" if device.startswith("cuda") else "cpu"
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{self.name}.{tier}.json"
+        found = {"tier": tier, "command": command, "machine": machine(device), "versions": versions(), **asdict(self)}
+        path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        return path
+
+
+def machine(device: str) -> dict[str, Any]:
+    found = {"processor": processor(), "system": platform.system(), "threads": torch.get_num_threads()}
+    if device.startswith("cuda"):
+        about = torch.cuda.get_device_properties(0)
+        found |= {"gpu": about.name, "gpu_gib": round(about.total_memory / 2**30), "cuda": torch.version.cuda}
+    return found
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    root = Path(__file__).parents[1]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    return found | {"commit": commit.stdout.strip() or "unknown"}
+
+
+def seconds(work: Work, device: str = "cpu") -> float:
+    if not device.startswith("cuda"):
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def compared(
+    ours: Work, other: Work, rounds: int, device: str = "cpu", warm: int = 1, clock: Callable[..., float] = seconds
+) -> dict[str, Any]:
+    """ours / other, each round both and in turn first: the median ratio, its quartiles, and on CUDA milliseconds."""
+    for _ in range(warm):
+        ours()
+        other()
+    pairs = []
+    for i in range(rounds):
+        both = {}
+        for name, work in (("a", ours), ("b", other)) if i % 2 else (("b", other), ("a", ours)):
+            both[name] = clock(work, device)
+        pairs.append((both["a"], both["b"]))
+    found = spread([a / b for a, b in pairs])
+    if device.startswith("cuda"):
+        found |= {"ours_ms": 1e3 * statistics.median(a for a, _ in pairs)}
+        found |= {"other_ms": 1e3 * statistics.median(b for _, b in pairs)}
+    return {k: round(v, 4) for k, v in found.items()} | {"rounds": rounds}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return {"ratio": middle, "low": low, "high": high}
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor] | Sequence[torch.Tensor]) -> int:
+    values = tensors.values() if isinstance(tensors, Mapping) else tensors
+    return sum(t.numel() * t.element_size() for t in values)
