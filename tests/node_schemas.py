@@ -21,10 +21,11 @@ LOCALES = PACK / "locales"
 OPEN = {
     "DMD_LoadShapes": ("model",),
     "DMD_EncodePrompts": ("file",),
-    "DMD_Grid": ("slider",),
+    "DMD_Grid": ("slider", "slider_2"),
     "DMD_InspectRun": ("run",),
     "DMD_Doctor": ("file",),
     "DMD_Inpaint": ("sampler_name", "scheduler"),
+    "DMD_MixSliders": tuple(f"slider_{i}" for i in range(1, 9)),
 }
 KEPT = [
     *("display_name", "description", "category", "search_aliases", "input", "input_order", "is_input_list"),

@@ -17,7 +17,7 @@ LANGUAGES = ("zh", "ja", "ko", "fr", "de", "es")
 # names of things that are called the same in that language; never sentences
 NAMES = {"LoRA", "VAE"}
 SAME = {"de": {"Prompts", "Samples", "Latent"}}
-SPECIAL = re.compile(r"[{}@$|]")  # the frontend's message compiler reads these as its own syntax
+SPECIAL = re.compile(r"[{}@$|]")  # the frontend's message compiler reads these as its own syntax, but for tooltips
 HEADINGS = ("## When", "## Inputs", "## Outputs", "## Typical values", "## Mistakes")
 
 
@@ -51,7 +51,7 @@ def mistranslated(given: dict[str, str], wanted: dict[str, str], same: set[str])
     for key, text in given.items():
         if text.casefold() == wanted.get(key, "").casefold() and text not in same:
             found.append(f"English {key}: {text}")
-        if SPECIAL.search(text):
+        if SPECIAL.search(text) and not key.endswith("tooltip"):
             found.append(f"special letter {key}: {text}")
     return found
 
@@ -59,6 +59,9 @@ def mistranslated(given: dict[str, str], wanted: dict[str, str], same: set[str])
 def unexplained(schema: dict[str, Any], page: str) -> list[str]:
     """Headings that a help page lacks, and inputs that it does not name."""
     named = {name for name, _ in walk(schema["input"])}
+    # of rows that are all alike (slider_1 to slider_8) the first one is explained
+    firsts = {name: re.sub(r"_\d+$", "_1", name) for name in named}
+    named = {first if first in named else name for name, first in firsts.items()}
     lacking = [f"`{name.rpartition('.')[2]}`" for name in named]
     return [h for h in HEADINGS if f"\n{h}\n" not in page] + sorted({n for n in lacking if n not in page})
 
