@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from .trainstate import TrainState
+from .trainstate import TrainState, header_of
 
 MAX_NAME = 80  # letters; Windows allows 260 for a whole path
 LOCK_AT = 1 << 30  # a byte far behind the text: Windows' locks would make locked bytes unreadable
@@ -306,12 +306,9 @@ def peek(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["dmd_state"])
+            return header_of(file.metadata() or {})
     except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path.name} is not a sound training state ({error})") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path.name} is not a sound training state (its header is a {type(header).__name__})")
-    return header
 
 
 @contextmanager

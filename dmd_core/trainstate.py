@@ -17,6 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .train import Objective, Player, TrainConfig
 
+CHECKSUM = "dmd_state_sha256"  # of the header's text: a wrong step or cursor would resume a little wrong
 EMA_WARMUP = 10  # the average follows (1 + n) / (10 + n) until that exceeds its decay
 
 
@@ -85,7 +86,8 @@ class TrainState:
             "digest": digest(tensors),
             **(meta or {}),
         }
-        save_atomic(tensors, path, {"dmd_state": json.dumps(header)})
+        text = json.dumps(header)
+        save_atomic(tensors, path, {"dmd_state": text, CHECKSUM: checksum(text)})
 
     def load(self, path: Path, allow_other_config: bool = False) -> dict[str, Any]:
         """Returns the header. Nothing changes unless the whole file is sound and fits this objective."""
@@ -96,11 +98,13 @@ class TrainState:
                 "go on with the settings of that run, or start a new run folder"
             )
         wanted = {f"param/{k}/{n}": p.shape for k, ps in self.params.items() for n, p in ps.items()}
+        wanted |= {f"ema/{k}/{n}": v.shape for k, average in self.ema.items() for n, v in average.items()}
         wrong = [k for k, shape in wanted.items() if k not in tensors or tensors[k].shape != shape]
         if wrong:
             raise ValueError(
                 f"{path} lacks {len(wrong)} tensors of this run, such as {wrong[0]}; it belongs to another model"
             )
+        counters = {k: int(header["counters"][k]) for k in self.params}
         for name in self.params:
             self._copy(name, {n: tensors[f"param/{name}/{n}"] for n in self.params[name]})
             self._load_optimizer(name, tensors, header["scalars"])
@@ -108,7 +112,7 @@ class TrainState:
             for n, v in average.items():
                 v.copy_(tensors[f"ema/{name}/{n}"])
         self.step, self.cursor = header["step"], header["cursor"]
-        self.counters = {k: int(header["counters"][k]) for k in self.params}
+        self.counters = counters
         return header
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -175,15 +179,30 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def header_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The state's own header from a file's; the first states had no checksum of it."""
+    text = metadata["dmd_state"]
+    if metadata.get(CHECKSUM, checksum(text)) != checksum(text):
+        raise ValueError("the checksum of its header does not match")
+    header = json.loads(text)
+    if not isinstance(header, dict):
+        raise ValueError(f"its header is a {type(header).__name__}")
+    return header
+
+
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a state file; a damaged or foreign file is a ValueError."""
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["dmd_state"])
+            header = header_of(file.metadata() or {})
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise ValueError(f"no training state at {path}; start a new run or name another folder") from None
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not a sound training state ({error}); use an earlier one of the run") from error
     if digest(tensors) != header["digest"]:
         raise ValueError(f"{path} is damaged (its checksum does not match); use an earlier state of the run")
