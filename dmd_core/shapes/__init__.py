@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -32,7 +33,8 @@ def load_recogniser(path: Path = RECOGNISER) -> recogniser.Recogniser:
 def _load(build, path: Path):
     state = read(path)
     try:
-        return build(state)
+        with torch.random.fork_rng(devices=[]):  # layers draw initial weights from the global generator, the host's
+            return build(state)
     except (KeyError, RuntimeError) as error:
         raise ValueError(
             f"{path} does not hold what {build.__module__.rpartition('.')[2]} of the shapes world needs ({error}); "
