@@ -1,0 +1,390 @@
+"""Cancelling our nodes at any moment in the real ComfyUI, and queueing them for hours.
+
+ComfyUI asks before every layer whether the user has cancelled; a run is cancelled at one of these questions, drawn by
+chance. Afterwards everything is as it was, and the next prompt gives the bits of a fresh start.
+"""
+
+import gc
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy_host
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfy
+
+if not comfy_host.in_comfy():
+    needs_host = pytest.mark.skipif(comfy_host.missing() is not None, reason=str(comfy_host.missing()))
+
+    @needs_host
+    def test_cancelling_inside_comfyui():
+        comfy_host.run_tests_in_comfy(Path(__file__), "-m", "comfy and not slow")
+
+    @needs_host
+    @pytest.mark.slow
+    def test_a_hundred_cancels_and_two_thousand_prompts_inside_comfyui():
+        comfy_host.run_tests_in_comfy(Path(__file__), "-m", "comfy and slow", timeout_s=7200)
+
+else:
+    comfy_host.start_comfy("--use-pytorch-cross-attention")
+
+    import comfy.model_management as mm
+    import comfy.ops
+    import comfy_tiny
+    import folder_paths
+    import slider_host
+
+    import nodes as stock
+
+    pack = comfy_host.pack_module
+    distill, encode, load_shapes = pack("nodes.distill"), pack("nodes.encode_prompts"), pack("nodes.load_shapes")
+    few_step, switch_models, grid = pack("nodes.few_step"), pack("nodes.switch_models"), pack("nodes.grid")
+    negative_guidance, variety, inpaint = pack("nodes.negative_guidance"), pack("nodes.variety"), pack("nodes.inpaint")
+    sampler, runs, instant_slider = pack("nodes.sampler"), pack("dmd_core.runs"), pack("nodes.instant_slider")
+    train_slider, discover_sliders = pack("nodes.train_slider"), pack("nodes.discover_sliders")
+
+    @pytest.fixture(autouse=True)
+    def place(tmp_path, monkeypatch):
+        """ComfyUI's folders, all in one that goes away."""
+        for name in ("output", "temp", "input"):
+            (tmp_path / name).mkdir()
+            monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
+        return tmp_path
+
+    # --- one prompt per node: models made once, then calls that give tensors ------------------------------------------
+
+    def conds(family: str = "flux"):
+        return comfy_tiny.conditioning(family, 1), comfy_tiny.conditioning(family, 9)
+
+    def latent(family: str = "flux", mask: bool = False):
+        samples = torch.zeros(1, *comfy_tiny.FAMILIES[family].shape)
+        if not mask:
+            return {"samples": samples}
+        hole = torch.zeros(1, 1, *samples.shape[-2:])
+        hole[..., 4:8, 5:9] = 1
+        return {"samples": torch.randn(samples.shape, generator=torch.Generator().manual_seed(5)), "noise_mask": hole}
+
+    def ksampler(model, given, steps: int = 3):
+        positive, negative = conds()
+        (out,) = stock.common_ksampler(model, 5, steps, 2.0, "euler", "simple", positive, negative, given)
+        return out["samples"]
+
+    def widgets(node) -> dict:
+        return {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+
+    def distilling(model, number: int):
+        """Every prompt a run of its own, as a fresh start would be; the student is what is compared."""
+        options = next(i for i in distill.Distill.GET_SCHEMA().inputs if i.id == "method").options
+        chosen = {i.id: i.default for o in options if o.key == "DMD2" for i in o.inputs}
+        method = {"method": "DMD2", **chosen, "steps": 2, "guidance": 2.0, "critic_updates": 1, "student_lr": 1e-2}
+        small = {"updates": 2, "size": 64, "batch": 1, "accumulate": 1, "rank": 2, "count": 2, "teacher_steps": 1}
+        prompts = [comfy_tiny.conditioning("flux", s)[0] for s in range(2)]
+        given = widgets(distill.Distill) | small | {"preview_every": 0, "check_teacher": False}
+        name = f"run {number}"
+        given |= {"model": model, "prompts": prompts, "negative": conds()[1], "mode": "train", "run_name": name}
+        distill.Distill.execute(**given | {"method": method})
+        run = runs.Run(runs.locate(distill.root(), name))
+        import safetensors.torch
+
+        found = safetensors.torch.load_file(run.snapshots()[-1] / "student.safetensors")
+        return torch.cat([v.flatten() for v in found.values()])
+
+    def few_step_sampler(model, number: int):
+        return few_step.FewStepSampler.execute(model, conds()[0], latent(), 5, profile="flux-schnell")[0]["samples"]
+
+    def switching(model, number: int):
+        other = comfy_tiny.patcher("flux", 1)
+        out = switch_models.SwitchModels.execute(other, model, *conds(), first_steps=1, profile="flux-schnell")
+        return sampler.sample_latent(model, out[0], out[1], out[2], latent(), 5)["samples"]
+
+    def guiding(model, number: int):
+        return ksampler(negative_guidance.NegativeGuidance.execute(model, conds()[1])[0], latent())
+
+    def varying(model, number: int):
+        return ksampler(variety.Variety.execute(model)[0], latent())
+
+    def lazily(mode: str):
+        def run(model, number: int):
+            # one session for all prompts, forgotten at the start of each: what a cancel leaves in it must not matter
+            patched = inpaint.LazyInpaint.execute(model, mode, 1, 1, 2, "soak", 0, True, 1.0, 1.0)[0]
+            ksampler(patched, latent(mask=True))
+            edit = inpaint.LazyInpaint.execute(model, mode, 1, 1, 2, "soak", 0, False, 1.0, 1.0)[0]
+            return ksampler(edit, latent(mask=True))
+
+        return run
+
+    class Colours:
+        """A VAE as far as these nodes need one, without layers to be cancelled in."""
+
+        def spacial_compression_encode(self):
+            return 8
+
+        def encode(self, pixels):
+            cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+            return torch.cat([cells] * 6, 1)[:, :16]
+
+        def decode(self, samples):
+            return torch.nn.functional.interpolate(samples[:, :3], scale_factor=8).movedim(1, -1).sigmoid()
+
+    def gridding(model, number: int):
+        args = (model, *conds(), Colours(), latent(), "1, 2", "3, 4", 2.0, grid.NONE, "0", 64)
+        return grid.Grid.execute(*args)[0]
+
+    def inpainting(model, number: int):
+        picture = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(3))
+        mask = torch.zeros(1, 128, 128)
+        mask[:, 40:64, 40:64] = 1
+        args = (model, Colours(), *conds(), 1, 2, 2.0, "euler", "simple", 1.0, "session", "push-pull", 0, 0)
+        return inpaint.Inpaint.execute(picture, mask, *args)[0]
+
+    def encoding(model, number: int):
+        """Odd prompts find on disk what a cancelled one has left there."""
+        if number == 1 or number % 2 == 0:
+            shutil.rmtree(distill.root() / ".prompts", ignore_errors=True)
+        _, clip, _ = load_shapes.LoadShapes.execute("teacher").result
+        out, negative = encode.EncodePrompts.execute(clip=clip, prompts="a red circle\na blue square").result
+        return torch.cat([c.flatten() for c, _ in [*out, *negative]])
+
+    def sliding(node, **small):
+        def run(model, number: int):
+            given = slider_host.inputs(node, "flux", model=model, run_name=f"slider {number}", size=64, **small)
+            lora = node.execute(**given).result[1]
+            return torch.cat([v.flatten().float() for v in lora.values()])
+
+        return run
+
+    def instantly(model, number: int):
+        clip = slider_host.FakeClip("flux")
+        return ksampler(instant_slider.InstantSlider.execute(model, clip, "a big dog", "a small dog")[0], latent())
+
+    PROMPTS: dict[str, Callable] = {
+        "Distill": distilling,
+        "Few-Step Sampler": few_step_sampler,
+        "Switch Models": switching,
+        "Negative Guidance": guiding,
+        "Seed Variety": varying,
+        "Lazy Inpaint, refresh": lazily("refresh"),
+        "Lazy Inpaint, session": lazily("session"),
+        "Grid": gridding,
+        "Inpaint": inpainting,
+        "Encode Prompts": encoding,
+        "Train Slider": sliding(train_slider.TrainSlider, made_from=slider_host.WORDS, steps=2, pool=4, seeds=2),
+        "Discover Sliders": sliding(
+            discover_sliders.DiscoverSliders, prompt="a dog", sliders=2, steps=2, pool=8, rank=1
+        ),
+        "Instant Slider": instantly,
+    }
+
+    # --- what must be as before ---------------------------------------------------------------------------------------
+
+    def around(model) -> dict[str, object]:
+        """Everything of the model and the process that a prompt must not change, but for the global noise generator."""
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        modules = dict(model.model.named_modules())
+        return {
+            "hooks": {n: [len(getattr(m, h)) for h in hooks] for n, m in modules.items()},
+            "replaced forwards": [n for n, m in modules.items() if "forward" in vars(m)],
+            "training mode": [n for n, m in modules.items() if m.training],
+            "asks for gradients": [n for n, p in model.model.named_parameters() if p.requires_grad],
+            "gradients": [n for n, p in model.model.named_parameters() if p.grad is not None],
+            "patches": sorted(model.patches),
+            "object patches": sorted(model.object_patches),
+            "injections": sorted(model.injections),
+            "attachments": sorted(model.attachments),
+            "options": repr(model.model_options),
+            "in_training": mm.in_training,
+            "grad": torch.is_grad_enabled(),
+            "inference": torch.is_inference_mode_enabled(),
+            "python's generator": random.getstate(),
+            "numpy's generator": np.random.get_state()[1].tobytes(),  # noqa: NPY002 - the one that others use
+            "threads": torch.get_num_threads(),
+            "dtype": torch.get_default_dtype(),
+        }
+
+    def bits(model) -> dict[str, torch.Tensor]:
+        return {k: v.detach().clone() for k, v in model.model.state_dict().items()}
+
+    def held() -> int:
+        """Bytes of all tensors that are alive, each storage once."""
+        mm.cleanup_models_gc()
+        gc.collect()
+        alive = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
+
+    @contextmanager
+    def asked(at: int | None = None):
+        """Counts ComfyUI's questions; at the given one the answer is that the user has cancelled."""
+        count, ask = SimpleNamespace(n=0), mm.throw_exception_if_processing_interrupted
+
+        def question():
+            count.n += 1
+            if count.n == at:
+                mm.interrupt_current_processing(True)
+            ask()
+
+        mm.throw_exception_if_processing_interrupted = question
+        try:
+            yield count
+        finally:
+            mm.throw_exception_if_processing_interrupted = ask
+
+    @torch.inference_mode()
+    def cancelled(name: str, times: int, seed: int) -> None:
+        prompt, model = PROMPTS[name], comfy_tiny.patcher("flux")
+        with asked() as questions:
+            fresh = prompt(model, 0).clone()
+        assert questions.n > 2, "this node is never asked whether it was cancelled"
+        noise_after = torch.get_rng_state()
+        # the control: an equal start gives equal bits, so that a difference would be the cancel's
+        assert torch.equal(prompt(comfy_tiny.patcher("flux"), 1), fresh)
+        weights, memory = bits(model), held()
+        rng = random.Random(f"{name} {seed}")
+        for i in range(times):
+            moment = rng.randint(1, questions.n)
+            torch.manual_seed(1234)
+            noise_before, state = (
+                torch.get_rng_state(),
+                around(model),
+            )  # ComfyUI names a finished node's pictures by chance
+            with asked(moment), pytest.raises(mm.InterruptProcessingException):
+                prompt(model, 2 + 2 * i)
+            where = f"{name}, cancelled at question {moment} of {questions.n}"
+            assert not mm.processing_interrupted(), where
+            left = around(model)
+            assert not {k: v for k, v in left.items() if v != state[k]}, where
+            now = model.model.state_dict()
+            assert all(torch.equal(v, now[k]) for k, v in weights.items()), where
+            # stock sampling seeds torch's generator with the prompt's seed; nothing else may touch it
+            noise = torch.get_rng_state()
+            assert torch.equal(noise, noise_before) or torch.equal(noise, noise_after), where
+            assert held() <= memory + (1 << 20), where
+            assert torch.equal(prompt(model, 3 + 2 * i), fresh), where
+
+    @pytest.mark.parametrize("name", PROMPTS)
+    def test_a_cancel_at_any_moment_leaves_nothing_and_the_next_prompt_is_a_fresh_start(name):
+        cancelled(name, 1, 0)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", PROMPTS)
+    def test_so_do_a_hundred_cancels(name):
+        cancelled(name, -(-100 // len(PROMPTS)), 1)
+
+    def test_loading_the_embedded_world_draws_no_numbers_from_others_generators():
+        noise, numbers = torch.get_rng_state(), random.getstate()
+        load_shapes.LoadShapes.execute("teacher")
+        assert torch.equal(torch.get_rng_state(), noise)
+        assert random.getstate() == numbers
+
+    def test_control_what_a_cancel_could_leave_behind_is_seen():
+        model = comfy_tiny.patcher("flux", inference=False)
+        before = around(model)
+        layer = next(m for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+        handle = layer.register_forward_hook(lambda *a: None)
+        mm.in_training = True
+        random.random()
+        assert {k for k, v in around(model).items() if v != before[k]} == {"hooks", "in_training", "python's generator"}
+        handle.remove()
+        mm.in_training = False
+        kept = [held()]
+        kept.append(torch.zeros(1 << 19))
+        assert held() > kept[0] + (1 << 20)
+
+    def test_a_cancelled_run_goes_on_to_the_student_of_an_uninterrupted_one():
+        """Wherever it was cancelled: between steps, inside a network call, in the pictures of the last snapshot."""
+        model = comfy_tiny.patcher("flux")
+        with torch.inference_mode():
+            with asked() as questions:
+                whole = distilling(model, 0)
+            for share in (0.1, 0.5, 0.95):
+                number = int(100 * share)
+                with asked(int(questions.n * share)), pytest.raises(mm.InterruptProcessingException):
+                    distilling(model, number)
+                step = runs.Run(runs.locate(distill.root(), f"run {number}"))
+                exact = not step.states() or runs.peek(step.states()[0]).get("whole") is not False
+                again = distilling(model, number)
+                # a cancel between two updates of one step keeps a sound state that repeats the step
+                assert torch.equal(again, whole) or not exact
+
+    def test_a_full_device_is_said_and_comfyui_stays_usable(monkeypatch):
+        model = comfy_tiny.patcher("flux")
+        with torch.inference_mode():
+            fresh = ksampler(model, latent())
+            whole, state = distilling(model, 0), around(model)
+            curves = runs.locate(distill.root(), "run 2") / "curves.jsonl"
+
+            def full():
+                """Before every layer of a network, once the first step is done."""
+                if curves.is_file():
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(comfy.ops, "run_every_op", full)
+                words = "out of memory at step .*batch of 1.*checkpointing.*smaller picture"
+                with pytest.raises(torch.OutOfMemoryError, match=words):
+                    distilling(model, 2)
+            assert not {k: v for k, v in around(model).items() if v != state[k]}
+            assert torch.equal(ksampler(model, latent()), fresh)
+            assert torch.equal(distilling(model, 3), whole)
+
+    # --- for hours ----------------------------------------------------------------------------------------------------
+
+    def queue(executor, seed: int):
+        """One prompt through ComfyUI's own executor: load once, then encode, patch, sample and decode anew."""
+
+        def node(kind, **inputs):
+            return {"class_type": kind, "inputs": inputs}
+
+        graph = {
+            "1": node("DMD_LoadShapes", model="teacher"),
+            "2": node("CLIPTextEncode", clip=["1", 1], text=f"a red circle {seed % 7}"),
+            "3": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+            "4": node("DMD_Variety", model=["1", 0], how=variety.PROMPT, strength=0.3, end=0.25),
+            "5": node("KSampler", model=["4", 0], seed=seed, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple",
+                      positive=["2", 0], negative=["2", 0], latent_image=["3", 0], denoise=1.0),
+            "6": node("VAEDecode", samples=["5", 0], vae=["1", 2]),
+            "7": node("PreviewImage", images=["6", 0]),
+        }  # fmt: skip
+        executor.execute(graph, f"prompt {seed}", {}, ["7"])
+        assert executor.success, executor.status_messages[-1]
+
+    def resident() -> int:
+        """Bytes of this process in memory."""
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def soak(prompts: int, warm: int, place: Path) -> float:
+        """Growth of the process's memory from after `warm` prompts to the end, as a share."""
+        import execution
+
+        for kind in comfy_host.pack_module("nodes").NODES:
+            stock.NODE_CLASS_MAPPINGS[kind.GET_SCHEMA().node_id] = kind
+        server = SimpleNamespace(client_id=None, last_node_id=None, last_prompt_id=None, send_sync=lambda *a: None)
+        executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0.0, "ram_inactive": 0.0})
+        logging.disable(logging.INFO)
+        try:
+            for seed in range(prompts):
+                queue(executor, seed)
+                for picture in place.rglob("*.png"):
+                    picture.unlink()
+                if seed == warm:
+                    start = resident()
+        finally:
+            logging.disable(logging.NOTSET)
+        return resident() / start - 1
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+    def test_memory_is_flat_over_two_thousand_prompts(place):
+        assert soak(2000, 200, place) < 0.02
+
+    @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+    def test_a_few_prompts_go_through_the_queue(place):
+        """So that the long test is known to run; in so few prompts caches still grow."""
+        assert soak(4, 2, place) < 0.2
