@@ -35,7 +35,8 @@ def render(results: Path = RESULTS) -> str:
 def on_cuda(path: Path) -> str:
     if path.is_file():
         return section(json.loads(path.read_text(encoding="utf-8")), " on CUDA", "###")
-    return "### On CUDA\n\nNot run. `python -m bench cuda` on a machine with one GPU writes it in under ten minutes.\n"
+    how = "`python -m bench cuda` on one GPU writes it; it leaves out what would take it past ten minutes."
+    return f"### On CUDA\n\nNot run. {how}\n"
 
 
 def section(found: dict[str, Any], suffix: str = "", level: str = "##") -> str:
@@ -59,7 +60,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def shown(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(shown(v) for v in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
 
 
 def write() -> Path:
