@@ -1,0 +1,91 @@
+"""Help and languages as ComfyUI serves them and as its frontend shows them. Pictures are kept in out/help."""
+
+import json
+import urllib.request
+from pathlib import Path
+
+import comfy_host
+import pytest
+
+pytestmark = pytest.mark.browser
+PICTURES = comfy_host.PACK / "out" / "help"
+HELP = comfy_host.PACK / "nodes" / "web" / "docs"
+
+if not comfy_host.in_comfy():
+
+    @pytest.mark.skipif(comfy_host.missing() is not None, reason=str(comfy_host.missing()))
+    def test_help_in_chromium():
+        comfy_host.run_tests_in_comfy(Path(__file__))
+
+else:
+    pytest.importorskip("playwright", reason="not run: ComfyUI's Python has no playwright")
+
+    from comfy_server import serving
+    from graph_browser import READY, browsing
+    from node_schemas import LOCALES, golden
+
+    NODES = sorted(golden())
+    SHOWN = """async (type) => {
+        app.graph.clear();
+        const node = LiteGraph.createNode(type);
+        app.graph.add(node);
+        await new Promise(r => setTimeout(r, 200));
+        return {title: node.title, inputs: Object.fromEntries(node.inputs.map(i => [i.name, i.localized_name])),
+                widgets: Object.fromEntries((node.widgets ?? []).map(w => [w.name, w.label]))};
+    }"""
+
+    @pytest.fixture(scope="module")
+    def server(tmp_path_factory):
+        with serving(tmp_path_factory.mktemp("help") / "comfy") as found:
+            yield found
+
+    def fetched(server, path):
+        with urllib.request.urlopen(server.url + path, timeout=60) as answer:
+            return answer.read()
+
+    def test_every_page_and_picture_of_the_help_is_served(server):
+        for path in sorted(HELP.iterdir()):
+            assert fetched(server, f"/extensions/ComfyUI-DMD/docs/{path.name}") == path.read_bytes()
+
+    def test_nodes_come_with_what_the_help_needs(server):
+        served = server.get("/object_info")
+        for node in NODES:
+            assert served[node]["python_module"].split(".") == ["custom_nodes", "ComfyUI-DMD"], "help is found by it"
+            assert served[node]["description"]
+
+    def test_nothing_of_ours_complains_at_the_start(server):
+        lines = [line for line in server.log.splitlines() if "dmd" in line.lower()]
+        bad = [line for line in lines if any(w in line.lower() for w in ("warning", "error", "failed", "traceback"))]
+        assert bad == []
+
+    @pytest.mark.parametrize("language", ["en", "ja", "fr"])
+    def test_the_frontend_shows_nodes_in_the_users_language(server, language):
+        server.post("/settings/Comfy.Locale", language)
+        words = json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
+        with browsing(server) as browser:
+            browser.page.wait_for_function(READY)
+            for node in NODES:
+                shown = browser.page.evaluate(SHOWN, node)
+                assert shown["title"] == words[node]["display_name"]
+                labels = {k.replace(".", "_"): v for k, v in shown["widgets"].items()}
+                for name, strings in words[node]["inputs"].items():
+                    if name in labels:
+                        assert labels[name] == strings["name"], f"{node}.{name}"
+            assert browser.errors == []
+            browser.page.evaluate(SHOWN, "DMD_Distill")
+            browser.screenshot(PICTURES / f"distill {language}.png")
+        server.post("/settings/Comfy.Locale", "en")
+
+    def test_the_help_page_opens_with_its_picture(server):
+        with browsing(server) as browser:
+            page = browser.page
+            page.evaluate(SHOWN, "DMD_LazyInpaint")
+            page.evaluate("() => { const n = app.graph.nodes[0]; app.canvas.selectNode(n); }")
+            page.wait_for_timeout(500)
+            page.locator('[data-testid="info-button"], .node-help-button, button:has(i[class*="help"])').first.click()
+            page.wait_for_selector("text=Only the tokens of the hole are computed", timeout=10_000)
+            picture = page.locator('img[src*="lazy_inpaint.svg"]').first
+            picture.wait_for(timeout=10_000)
+            assert picture.evaluate("image => image.naturalWidth") > 300
+            page.screenshot(path=str(PICTURES / "help page.png"))
+            assert browser.errors == []
