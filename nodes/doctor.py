@@ -8,7 +8,9 @@ import folder_paths
 from comfy_api.latest import io, ui
 from torch import nn
 
+from ..dmd_core.sliders.card import from_metadata, words
 from ..dmd_core.weights.doctor import coverage, describe, diagnose, repair
+from ..dmd_core.weights.header import read_header
 from ..dmd_core.weights.lora import layer_shape
 
 FOLDERS = ("loras", "diffusion_models", "checkpoints")
@@ -49,6 +51,12 @@ def reach(path: Path, model: Any) -> str:
         return text
     more = f" and {len(found.dropped) - SHOWN} more" if len(found.dropped) > SHOWN else ""
     return f"{text} {found.reason}. Left out: {', '.join(found.dropped[:SHOWN])}{more}."
+
+
+def slider(path: Path) -> list[str]:
+    """What was measured of a slider of this pack; its file says it."""
+    card = from_metadata(read_header(path).metadata)
+    return [words(card)] if card is not None else []
 
 
 class Doctor(io.ComfyNode):
@@ -117,7 +125,7 @@ class Doctor(io.ComfyNode):
         folder, path = resolve(file)
         lines, copy = [], path
         try:
-            lines.append(describe(path))
+            lines += [describe(path), *slider(path)]
             if model is not None and diagnose(path).structure.kind == "lora":
                 lines.append(reach(path, model))
             if action == COPY:

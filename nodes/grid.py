@@ -3,12 +3,12 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.samplers
 import comfy.sd
 import comfy.utils
-import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
@@ -21,8 +21,8 @@ from ..dmd_core.sheet import sheet
 from .evidence import graph_of
 from .few_step import plan
 from .sampler import guider_of, sample_latent
+from .slider_files import NONE, Slider, SliderSet, choices, fitting, slider_of
 
-NONE = "none"
 MODELS = ("model", "model_2", "model_3", "model_4")
 MAX_IMAGES = 400
 SIDE = 32  # pixels at which images are compared
@@ -34,10 +34,11 @@ class Row:
     images: Tensor  # [n 3 h w] in -1..1
     seconds: float  # per image, without decoding
     why: str
+    across: str = "seeds"  # what the columns are
 
     def measured(self) -> str:
         small = functional.interpolate(self.images, (SIDE, SIDE), mode="area")
-        apart = f", seeds differ by {pairwise_distance(rearrange(small, 'b c h w -> b (c h w)')):.3g}" * (
+        apart = f", {self.across} differ by {pairwise_distance(rearrange(small, 'b c h w -> b (c h w)')):.3g}" * (
             len(self.images) > 1
         )
         return f"{self.label}: {self.seconds:.3g} s per image{apart} ({self.why})"
@@ -54,12 +55,32 @@ def numbers(text: str, what: str, whole: bool = True) -> list[float]:
     return found
 
 
-def with_slider(model: Any, slider: str, strength: float) -> Any:
-    if slider == NONE or strength == 0:
-        return model
-    path = folder_paths.get_full_path_or_raise("loras", slider)
-    tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    return comfy.sd.load_lora_for_models(model, None, tensors, strength, 0.0, lora_metadata=metadata)[0]
+@dataclass(frozen=True)
+class Sweep:
+    """One slider and the strengths that it is tried at."""
+
+    slider: Slider | None
+    strengths: tuple[float, ...]
+
+    @classmethod
+    def of(cls, choice: str, strengths: str, sliders: Sequence[Slider] | None) -> "Sweep":
+        if choice == NONE:
+            return cls(None, (0.0,))
+        return cls(slider_of(choice, sliders), tuple(numbers(strengths, "strengths", whole=False)))
+
+    def at(self, model: Any, strength: float) -> Any:
+        """The MODEL with it, as a stock loader would have it; 0 is the MODEL itself."""
+        if self.slider is None or strength == 0:
+            return model
+        slider, _notes = fitting(model, self.slider)
+        tensors, metadata = slider.tensors, slider.metadata
+        return comfy.sd.load_lora_for_models(model, None, tensors, strength, 0.0, lora_metadata=metadata)[0]
+
+    def label(self, strength: float) -> str:
+        if self.slider is None:
+            return ""
+        beyond = ", beyond its range" if self.slider.beyond(strength) else ""
+        return f"{Path(self.slider.name).stem} {strength:+g}{beyond}"
 
 
 def settings(model: Any, latent: dict[str, Any], steps: int, cfg: float, graph: Any, node: str, name: str) -> tuple:
@@ -98,7 +119,8 @@ class Grid(io.ComfyNode):
             display_name="Compare Grid",
             category="DMD/sample",
             description="Samples models x steps x slider strengths for the same seeds and prompt, each as it wants to "
-            "be sampled, and shows them as one labelled picture with times and variety.",
+            "be sampled, and shows them as one labelled picture with times and variety. With two sliders and one seed, "
+            "one slider is the rows and the other the columns.",
             search_aliases=["xy plot", "compare", "grid", "sheet", "teacher against student", "dmd"],
             inputs=[
                 io.Model.Input("model", tooltip="The model, or the first of several."),
@@ -124,9 +146,9 @@ class Grid(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "slider",
-                    options=[NONE, *folder_paths.get_filename_list("loras")],
+                    options=choices(),
                     default=NONE,
-                    tooltip="A slider or other LoRA to try at several strengths.",
+                    tooltip="A slider or other LoRA to try at several strengths, or an entry of the connected set.",
                     advanced=True,
                 ),
                 io.String.Input(
@@ -145,6 +167,22 @@ class Grid(io.ComfyNode):
                     advanced=True,
                 ),
                 *others,
+                io.Combo.Input(
+                    "slider_2",
+                    options=choices(),
+                    default=NONE,
+                    tooltip="A second slider: with a single seed its strengths are the columns.",
+                    advanced=True,
+                ),
+                io.String.Input(
+                    "strengths_2",
+                    default="-1, 0, 1",
+                    tooltip="Strengths of the second slider with commas.",
+                    advanced=True,
+                ),
+                SliderSet.Input(
+                    "sliders", optional=True, tooltip="From Train Slider or Discover Sliders: set 1, set 2, ..."
+                ),
             ],
             outputs=[
                 io.Image.Output(tooltip="The labelled picture."),
@@ -167,24 +205,31 @@ class Grid(io.ComfyNode):
         slider: str = NONE,
         strengths: str = "0",
         cell: int = 256,
+        slider_2: str = NONE,
+        strengths_2: str = "-1, 0, 1",
+        sliders: Sequence[Slider] | None = None,
         **others: Any,
     ) -> io.NodeOutput:
-        columns = [int(s) for s in numbers(seeds, "seeds")]
+        chosen = [int(s) for s in numbers(seeds, "seeds")]
+        one, two = Sweep.of(slider, strengths, sliders), Sweep.of(slider_2, strengths_2, sliders)
+        flat = two.slider is not None and len(chosen) == 1
         axes = [
-            (name, m, int(n), s)
+            (name, m, int(n), s, t)
             for name, m in [("model", model), *((k, others[k]) for k in MODELS[1:] if others.get(k) is not None)]
             for n in numbers(steps, "steps")
-            for s in (numbers(strengths, "strengths", whole=False) if slider != NONE else [0.0])
+            for s in one.strengths
+            for t in ([two.strengths] if flat else [(t,) for t in two.strengths])
         ]
-        if len(axes) * len(columns) > MAX_IMAGES:
-            raise ValueError(f"{len(axes) * len(columns)} images are asked for, {MAX_IMAGES} are accepted; use fewer")
+        heads = [two.label(t) for t in two.strengths] if flat else [f"seed {s}" for s in chosen]
+        if len(axes) * len(heads) > MAX_IMAGES:
+            raise ValueError(f"{len(axes) * len(heads)} images are asked for, {MAX_IMAGES} are accepted; use fewer")
         latent = {**latent, "samples": latent["samples"][:1]}
         rows, left = [], []
-        for row in drawn(axes, slider, (positive, negative), vae, latent, columns, cfg, graph_of(cls.hidden)):
+        for row in drawn(axes, (one, two), (positive, negative), vae, latent, chosen, cfg, graph_of(cls.hidden)):
             (rows if isinstance(row, Row) else left).append(row)
         if not rows:
             raise ValueError("nothing could be sampled: " + "; ".join(left))
-        page = sheet([r.images for r in rows], [r.label for r in rows], [f"seed {s}" for s in columns], cell)
+        page = sheet([r.images for r in rows], [r.label for r in rows], heads, cell)
         image = torch.from_numpy(np.array(page)).float().unsqueeze(0) / 255
         measured = "\n".join([*(r.measured() for r in rows), *left])
         return io.NodeOutput(image, measured, ui=ui.PreviewText(measured))
@@ -192,7 +237,7 @@ class Grid(io.ComfyNode):
 
 def drawn(
     axes: Sequence[tuple],
-    slider: str,
+    sweeps: tuple[Sweep, Sweep],
     conds: tuple,
     vae: Any,
     latent: dict,
@@ -200,16 +245,28 @@ def drawn(
     cfg: float,
     at: tuple,
 ) -> Iterator[Row | str]:
-    """A Row for each combination, or the sentence why there is none."""
-    bar = comfy.utils.ProgressBar(len(axes))
-    for name, model, steps, strength in axes:
-        label = ", ".join([name.replace("_", " "), *([f"strength {strength:g}"] if slider != NONE else [])])
+    """A Row for each combination, or the sentence why there is none; columns are seeds, or strengths of the second."""
+    bar, (one, two) = comfy.utils.ProgressBar(len(axes)), sweeps
+    for name, model, steps, strength, others in axes:
+        flat = len(others) > 1
+        parts = [name.replace("_", " "), one.label(strength), "" if flat else two.label(others[0])]
+        label = ", ".join(p for p in parts if p)
+        made = []
         try:
-            chosen = settings(with_slider(model, slider, strength), latent, steps, cfg, *at, name)
+            for other in others:
+                with_both = two.at(one.at(model, strength), other)
+                chosen = settings(with_both, latent, steps, cfg, *at, name)
+                made.append((*picture_row(chosen, conds, latent, vae, seeds), chosen))
         except ValueError as error:
             yield f"{label}, {steps} steps left out: {error}"
         else:
-            images, seconds = picture_row(chosen, conds, latent, vae, seeds)
-            count = len(chosen[2]) - 1
-            yield Row(f"{label}, {count} step{'s' * (count != 1)}", images, seconds, chosen[4])
+            images, seconds, chosen = zip(*made, strict=True)
+            count = len(chosen[0][2]) - 1
+            yield Row(
+                f"{label}, {count} step{'s' * (count != 1)}",
+                torch.cat(images),
+                sum(seconds) / len(seconds),
+                chosen[0][4],
+                "strengths" if flat else "seeds",
+            )
         bar.update(1)

@@ -171,7 +171,7 @@ class MixSliders(io.ComfyNode):
                 SliderSet.Input(
                     "sliders",
                     optional=True,
-                    tooltip="From Train Slider or Discover Sliders: choose `set 1`, `set 2`, ... in the rows.",
+                    tooltip="From Train Slider or Discover Sliders: choose set 1, set 2, ... in the rows.",
                 ),
                 io.Float.Input(
                     "master",

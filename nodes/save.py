@@ -1,18 +1,23 @@
 """A student of a run as a file: a LoRA that says how it is sampled, or a whole model with it merged in."""
 
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..dmd_core.runs import Run
+from ..dmd_core.sliders.card import words
 from ..dmd_core.weights.checkpoint import merge_file
 from ..dmd_core.weights.lora import DTYPES, save_lora
 from .comfy_source import file_of
+from .slider_run import Written, written
 from .students import BEST, Student, find_run, find_snapshot, mark_of
 
-LORA, MERGED = "LoRA", "merged model"
+LORA, MERGED, ALL = "LoRA", "merged model", "all"
 FOLDERS = {LORA: "loras", MERGED: "diffusion_models"}
 
 
@@ -50,6 +55,46 @@ def save_merged(model: Any, name: str, lora: Path) -> Path:
     return merge_file(folder, name, base, lora)
 
 
+def chosen_sliders(found: Sequence[Written], which: str) -> list[tuple[int, Written]]:
+    """all: those that do something; numbers: exactly these. Counted from 1."""
+    numbered = list(enumerate(found, 1))
+    if which.strip().lower() == ALL:
+        working = [(i, w) for i, w in numbered if w.finished.card.verdict != "nothing"]
+        if not working:
+            raise ValueError(
+                "no slider of this run moves what it should, so none was saved; train longer or on more layers, or "
+                "give its number under sliders to save it nevertheless"
+            )
+        return working
+    parts = [p.strip() for p in which.replace(";", ",").split(",") if p.strip()]
+    if not parts or not all(p.isdigit() and 1 <= int(p) <= len(found) for p in parts):
+        raise ValueError(f"sliders is {which!r}; use {ALL!r} or numbers from 1 to {len(found)} with commas")
+    return [numbered[int(p) - 1] for p in parts]
+
+
+def save_sliders(run: Run, found: Sequence[Written], name: str, which: str, dtype: str) -> tuple[list[Path], str]:
+    """One ordinary LoRA file each, in a folder of that name if there are several."""
+    target, paths, texts = folder_paths.get_folder_paths("loras")[0], [], []
+    for i, w in chosen_sliders(found, which):
+        card, file = w.finished.card, name
+        if len(found) > 1:
+            file = f"{name}/{i:02d} " + re.sub(r"[^\w +-]", "", card.name).strip()
+        path = save_lora(
+            target,
+            file,
+            w.finished.state,
+            w.names,
+            family=w.family,
+            recipe=w.recipe,
+            dtype=dtype,
+            metadata=card.metadata(),
+        )
+        run.write_text(f"lora/{path.stem}.md", f"# {path.stem}\n\n{words(card)}\n")
+        paths.append(path)
+        texts.append(words(card))
+    return paths, "\n".join(texts)
+
+
 class Save(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -58,7 +103,8 @@ class Save(io.ComfyNode):
             display_name="Save Student",
             category="DMD/train",
             description="Writes a student of a run as a LoRA, or as a whole model with the LoRA merged in. The file "
-            "says how it wants to be sampled; a contact sheet and a model card land in the run's folder.",
+            "says how it wants to be sampled; a contact sheet and a model card land in the run's folder. Sliders of a "
+            "run become one ordinary LoRA each.",
             search_aliases=["save lora", "export", "merge", "checkpoint", "model card", "dmd"],
             inputs=[
                 io.String.Input("run", default="my student", tooltip="The run's name, from Distill."),
@@ -78,6 +124,13 @@ class Save(io.ComfyNode):
                     "dtype", options=list(DTYPES), default="fp16", tooltip="Of the LoRA file.", advanced=True
                 ),
                 io.Model.Input("model", optional=True, tooltip="For merged: the base, straight from its loader."),
+                io.String.Input(
+                    "sliders",
+                    default=ALL,
+                    tooltip="For a run of Train Slider or Discover Sliders: all that do something, or numbers such as "
+                    "1, 3. Each becomes a LoRA of its own.",
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.String.Output("path", display_name="path", tooltip="Of the file that was written."),
@@ -92,11 +145,26 @@ class Save(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, run: str, snapshot: str = BEST, name: str = "", what: str = LORA, dtype: str = "fp16", model: Any = None
+        cls,
+        run: str,
+        snapshot: str = BEST,
+        name: str = "",
+        what: str = LORA,
+        dtype: str = "fp16",
+        model: Any = None,
+        sliders: str = ALL,
     ) -> io.NodeOutput:
         if what == MERGED and model is None:
             raise ValueError("a merged model needs its base; connect the MODEL of its loader, or save a LoRA")
         folder = find_run(run)
+        if found := written(folder):
+            if what == MERGED:
+                raise ValueError("sliders are made to be turned, so they are saved as LoRAs; set what to LoRA")
+            paths, text = save_sliders(folder, found, name or run, sliders, dtype)
+            listed = "\n".join(map(str, paths))
+            return io.NodeOutput(listed, text, ui=ui.PreviewText(f"{listed}\n\n{text}"))
+        if "slider" in folder.settings():
+            raise ValueError(f"the slider of run {run!r} is not measured yet; queue its node again to finish it")
         chosen = find_snapshot(folder, snapshot)
         student = Student.at(folder, chosen)
         target = folder_paths.get_folder_paths("loras")[0] if what == LORA else folder.path / "lora"

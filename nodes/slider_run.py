@@ -31,19 +31,22 @@ from ..dmd_core.sliders.stored import Finished, kept_pool, key_of, read_sliders
 from ..dmd_core.train import TrainConfig
 from ..dmd_core.weights.lora import DTYPES, lora_tensors
 from ..dmd_core.weights.recipe import Recipe, header_metadata
-from .comfy_source import NativeTeacher, file_of, pictures, pool_of
+from .comfy_source import NativeTeacher, file_of, pictures, pool_of, usual_size
+from .distill import with_precision
 from .encode_prompts import encoded
 from .few_step import plan
 from .slider_eyes import Eyes, clip_eyes, own_eyes
-from .slider_files import Slider
+from .slider_files import Slider, identity
 from .students import curves_of, image_of, loss_map
 
 PREVIEW_PIXELS = 768
 RESULT = "result.png"  # in the run folder: the strip, or the contact sheet
 SHOWN = (-1.0, 0.0, 1.0)
+COOLDOWN = 0.5  # share of the steps in which the learning rate falls to 0
 FIRST_SEED = 0  # of the pool; calibration's seeds begin at a million
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
+ShapeOf = Callable[[NativeTeacher, int], Sequence[int]]  # of one latent, from the size in pixels
 
 
 def conds(clip: Any, prompts: Sequence[str]) -> Cond:
@@ -170,6 +173,43 @@ def lab(
     )
 
 
+def opened(
+    model: Any, settings: SliderSettings, given: Mapping[str, Any], shape_of: ShapeOf, at: tuple[Any, str]
+) -> tuple[NativeTeacher, How, tuple[int, ...]]:
+    """The MODEL as it will be trained on, how it is sampled, the shape of one latent. at: the graph and this node."""
+    model = with_precision(model, given["precision"])
+    family = detect(model.model.diffusion_model)
+    targets, size = family.targets(settings.layers), given["size"] or usual_size(model, family)
+    teacher = NativeTeacher(model, targets, given["checkpointing"])
+    shape = tuple(shape_of(teacher, size))
+    found = how(model, shape, settings, family, *at)
+    if found.model is not model:  # with another parametrisation
+        teacher = NativeTeacher(found.model, targets, given["checkpointing"])
+    mm.unload_all_models()  # the text encoder above all
+    return teacher, found, shape
+
+
+def kept_as(player: str, settings: SliderSettings, given: Mapping[str, Any]) -> DriveConfig:
+    return DriveConfig(
+        player=player,
+        snapshot_every=0,
+        preview_every=settings.preview_every,
+        save_every=given["save_every"],
+        stop_minutes=given["stop_minutes"],
+    )
+
+
+def base_of(model: Any) -> dict[str, str]:
+    return {"base": Path(file_of(model)).name, "base_hash": identity(model)}
+
+
+def show(run: Run, page: Image.Image) -> None:
+    """The result's picture, where Inspect Run looks for it too."""
+    run.write_picture(RESULT, page)
+    for snapshot in run.snapshots()[-1:]:
+        run.write_picture(f"snapshots/{snapshot.name}/sheet.png", page)
+
+
 def make_pool(lab: Lab, run: Run, key: str, cond: Any, n: int) -> Pool:
     """Samples of the frozen model; a run that was stopped goes on where it was."""
     bar, parts = comfy.utils.ProgressBar(n), []
@@ -187,11 +227,16 @@ def make_pool(lab: Lab, run: Run, key: str, cond: Any, n: int) -> Pool:
 
 
 def watched(bench: Bench) -> Callable[[Mapping[str, float], Sequence[int]], Tensor]:
-    """A Bench that can be cancelled between its pictures."""
+    """A Bench that can be cancelled between its pictures, and makes those of the frozen model once."""
+    plain: dict[tuple[int, ...], Tensor] = {}
 
     def measure(strengths: Mapping[str, float], seeds: Sequence[int]) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
-        return bench(strengths, seeds)
+        if any(strengths.values()):
+            return bench(strengths, seeds)
+        if tuple(seeds) not in plain:
+            plain[tuple(seeds)] = bench({}, seeds)
+        return plain[tuple(seeds)]
 
     return measure
 

@@ -119,4 +119,5 @@ def mark_of(name: Any) -> str:
         run = find_run(name)
     except (ValueError, TypeError):
         return "none"
-    return " ".join(p.name for p in (*run.states()[:1], *run.snapshots()[-1:]))
+    sliders = sorted((run.path / "sliders").glob("*.safetensors"))[-1:]  # they are measured after the last state
+    return " ".join(p.name for p in (*run.states()[:1], *run.snapshots()[-1:], *sliders))

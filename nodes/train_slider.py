@@ -1,44 +1,55 @@
 """A slider from words or from image pairs: train, measure, say what was measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_management as mm
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..dmd_core.conditioning import Cond
-from ..dmd_core.drive import DriveConfig
-from ..dmd_core.families import detect
 from ..dmd_core.objectives.image_slider import ImageSlider, ImageSliderConfig, Pairs
 from ..dmd_core.objectives.sliding import count, pick
 from ..dmd_core.objectives.text_slider import SliderPrompts, TextSlider, TextSliderConfig, Words, erasing
 from ..dmd_core.runs import Run, open_run
 from ..dmd_core.sheet import sheet
-from ..dmd_core.sliders import Axis, CalibrationConfig, PoolBatches, axis_between, bake, calibrate, card, embedded
+from ..dmd_core.sliders import (
+    Axis,
+    Bench,
+    CalibrationConfig,
+    PoolBatches,
+    SliderCard,
+    axis_between,
+    bake,
+    calibrate,
+    card,
+    embedded,
+)
 from ..dmd_core.sliders.settings import SliderSettings
 from ..dmd_core.sliders.stored import Finished, kept, write_sliders
 from ..dmd_core.train import TrainConfig
 from .comfy_denoiser import refuse_untrainable
-from .comfy_source import NativeTeacher, file_of, usual_size
-from .distill import say_to, with_precision
+from .comfy_source import NativeTeacher
+from .distill import say_to
 from .evidence import graph_of
 from .slider_files import SliderSet, identity
 from .slider_inputs import run_inputs, settings_of
 from .slider_run import (
-    RESULT,
+    COOLDOWN,
     Lab,
+    base_of,
     check_same,
     conds,
     done,
-    how,
+    kept_as,
     lab,
     live,
     make_pool,
     note_network,
+    opened,
     outcome,
+    show,
     strip,
     train,
     unfinished,
@@ -50,7 +61,7 @@ WORDS, PAIRS, ERASE = "words", "image pairs", "erase a concept"
 NAME = "slider"
 KINDS = {WORDS: "text", PAIRS: "image pairs", ERASE: "text"}
 LEVELS = {"images_plus": 1.0, "images_plus_half": 0.5, "images_minus_half": -0.5, "images_minus": -1.0}
-COLUMNS = 4
+SEEDS = range(2_000_000, 2_000_004)  # of the strip: neither trained nor measured on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +127,8 @@ def latents_of(images: Mapping[str, Any], vae: Any) -> dict[float, Tensor]:
         raise ValueError(
             "one image pair is too few: the slider would learn those two pictures, not what differs; give 2 to 6"
         )
+    if torch.equal(given[1.0], given[-1.0]):
+        raise ValueError("the pictures of both ends are identical; give pictures that differ in one thing")
     with torch.inference_mode():
         found = {level: vae.encode(batch[..., :3]) for level, batch in given.items()}
     with torch.inference_mode(False):
@@ -170,15 +183,15 @@ def objective_of(here: Lab, task: Task, settings: SliderSettings, given: Mapping
     return TextSlider(here.model, NAME, task.words, config), PoolBatches(pool, settings.batch, settings.seed)
 
 
-def measured(here: Lab, task: Task, axis: Axis, settings: SliderSettings, name: str, facts: Mapping[str, Any]) -> Any:
+def measured(
+    here: Lab, task: Task, axis: Axis, settings: SliderSettings, name: str, facts: Mapping[str, Any]
+) -> SliderCard:
     """Calibration, always: the unit is found and goes into the weights, the rest is measured on other seeds."""
     here.say("measuring: unit, range, side effects")
     config = CalibrationConfig(seeds=settings.seeds, held_out=settings.seeds)
     found = calibrate(watched(here.bench(task.cond)), NAME, axis, config)
     bake(here.teacher.bank, NAME, found.unit)
-    return card(
-        found, name=name, encoder=here.eyes.name, rank=settings.rank, layers=settings.layers, **facts
-    )  # fmt: skip
+    return card(found, name=name, encoder=here.eyes.name, rank=settings.rank, layers=settings.layers, **facts)
 
 
 def carry_out(
@@ -194,40 +207,25 @@ def carry_out(
 ) -> bool:
     """Pool, axis, training, measuring, writing; False where the time was up before the end."""
     say = say_to(said)
-    model = with_precision(model, given["precision"])
-    family = detect(model.model.diffusion_model)
-    targets, size = family.targets(settings.layers), given["size"] or usual_size(model, family)
-    teacher = NativeTeacher(model, targets, given["checkpointing"])
-    shape = shape_of(teacher, task, size)
-    found = how(model, shape, settings, family, *at)
-    if found.model is not model:  # with another parametrisation
-        teacher = NativeTeacher(found.model, targets, given["checkpointing"])
-    mm.unload_all_models()
+    teacher, found, shape = opened(model, settings, given, lambda t, size: shape_of(t, task, size), at)
     with run.locked(), teacher:
         here = lab(teacher, found, shape, settings, empty, given["clip_vision"], given["vae"], say)
-        note_network(run, here, model, settings.rank, f"{about['made_from']}")
+        note_network(run, here, model, settings.rank, about["made_from"])
         say(found.words)
-        key = here.key(about=about)
+        key, bench = here.key(about=about), here.bench(task.cond)
         pool = make_pool(here, run, key, task.cond, settings.pool)
         axis = axis_of(here, run, key, task, pool, settings.seeds)
         teacher.bank.new(NAME, settings.rank, torch.Generator().manual_seed(settings.seed))
         objective, batches = objective_of(here, task, settings, given, pool)
-        bench, seeds = here.bench(task.cond), range(2_000_000, 2_000_000 + COLUMNS)
-        config = TrainConfig(steps=settings.steps, seed=settings.seed, cooldown=0.5)
-        kept_how = DriveConfig(
-            player=NAME,
-            snapshot_every=0,
-            preview_every=settings.preview_every,
-            save_every=given["save_every"],
-            stop_minutes=given["stop_minutes"],
-        )
-        look = live(here, run, bench, NAME, seeds[:3])
-        if not train(objective, batches, config, run, kept_how, about, look, say):
+        config = TrainConfig(steps=settings.steps, seed=settings.seed, cooldown=COOLDOWN)
+        look = live(here, run, bench, NAME, SEEDS[:3])
+        if not train(objective, batches, config, run, kept_as(NAME, settings, given), about, look, say):
             return False
-        base = {"base": file_of(model).replace("\\", "/").rpartition("/")[2], "base_hash": identity(model)}
-        facts = {"kind": KINDS[about["made_from"]], "prompts": about["prompts"], "training": {"steps": settings.steps}}
-        made = measured(here, task, axis, settings, run.name, facts | base)
-        finish(run, here, made, bench, seeds, settings.steps)
+        facts = {"kind": KINDS[about["made_from"]], "prompts": about["prompts"], **base_of(model)}
+        facts["training"] = {"steps": settings.steps}
+        made = measured(here, task, axis, settings, run.name, facts)
+        write_sliders(run, [Finished(teacher.bank.state(NAME), made)], settings.steps)
+        draw_strip(run, here, bench, made)
     return True
 
 
@@ -238,17 +236,12 @@ def shape_of(teacher: NativeTeacher, task: Task, size: int) -> tuple[int, ...]:
     return tuple(teacher.latent_in(task.pictures[1.0][:1]).shape[1:])
 
 
-def finish(run: Run, here: Lab, made: Any, bench: Any, seeds: Sequence[int], steps: int) -> None:
-    write_sliders(run, [Finished(here.teacher.bank.state(NAME), made)], steps)
-    low, high = made.usable
-    strengths = sorted({-1.0, 0.0, 1.0, low, high})
-    rows = strip(here, bench, NAME, strengths, seeds)
+def draw_strip(run: Run, here: Lab, bench: Bench, made: SliderCard) -> None:
+    """The ends of the usable range, -1, 0 and +1."""
+    strengths = sorted({-1.0, 0.0, 1.0, *made.usable})
+    rows = strip(here, bench, NAME, strengths, SEEDS)
     if rows:
-        labels = [f"{s:+g}" if s else "0" for s in strengths]
-        page = sheet(rows, labels, title=made.name)
-        run.write_picture(RESULT, page)
-        for snapshot in run.snapshots()[-1:]:
-            run.write_picture(f"snapshots/{snapshot.name}/sheet.png", page)
+        show(run, sheet(rows, [f"{s:+g}" if s else "0" for s in strengths], title=made.name))
 
 
 class TrainSlider(io.ComfyNode):
@@ -336,7 +329,7 @@ class TrainSlider(io.ComfyNode):
                 *(image_input(name) for name in LEVELS),
             ],
             outputs=[
-                SliderSet.Output("sliders", display_name="sliders", tooltip="For Mix Sliders: `set 1`."),
+                SliderSet.Output("sliders", display_name="sliders", tooltip="For Mix Sliders: set 1."),
                 io.LoraModel.Output("lora", display_name="lora", tooltip="For Load LoRA Model; 1 is its unit."),
                 io.LossMap.Output("loss", display_name="loss", tooltip="The loss of every step."),
                 io.Image.Output("strip", display_name="strip", tooltip="The same seeds at several strengths."),
@@ -363,13 +356,10 @@ class TrainSlider(io.ComfyNode):
         about = about_of(model, made_from, settings, given, task)
         check_same(run, about)
         said: list[str] = []
-        if not done(run, settings.steps):
-            whole = carry_out(
-                model, task, empty, settings, given, run, about, said, graph_of(cls.hidden)
-            )  # fmt: skip
-            if not whole:
-                return unfinished(run, said)
-        return outcome(run, said)
+        at = graph_of(cls.hidden)
+        if done(run, settings.steps) or carry_out(model, task, empty, settings, given, run, about, said, at):
+            return outcome(run, said)
+        return unfinished(run, said)
 
 
 def about_of(

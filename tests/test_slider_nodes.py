@@ -1,4 +1,4 @@
-"""Mix Sliders in the real ComfyUI, on tiny random models of its families."""
+"""Mix Sliders, Instant Slider and sweeps in Compare Grid in the real ComfyUI, on tiny random models."""
 
 import logging
 from pathlib import Path
@@ -23,6 +23,7 @@ else:
     import comfy_tiny
     import folder_paths
     import slider_files as files
+    import slider_host
 
     import nodes
 
@@ -31,6 +32,10 @@ else:
     timing = comfy_host.pack_module("nodes.slider_timing")
     comfy_denoiser = comfy_host.pack_module("nodes.comfy_denoiser")
     doctor = comfy_host.pack_module("nodes.doctor")
+    grid = comfy_host.pack_module("nodes.grid")
+    instant = comfy_host.pack_module("nodes.instant_slider")
+    sliders = comfy_host.pack_module("dmd_core.sliders")
+    InstantSlider = instant.InstantSlider
     MixSliders = mix.MixSliders
     FIVE = ("sd15_eps", "sdxl", "sd3", "flux", "z_image")
     STEPS = 4
@@ -313,7 +318,111 @@ else:
             with pytest.raises(ValueError, match=message):
                 MixSliders.execute(model, **given)
 
+    # --- without training ---------------------------------------------------------------------------------------------
+
+    def at_once(name, model, **changes):
+        given = {"positive": "a big dog", "negative": "a small dog", "strength": 0.7, **changes}
+        with torch.inference_mode():
+            return InstantSlider.execute(model, slider_host.FakeClip(name), **given)[0]
+
+    @pytest.mark.parametrize("name", ["sd15_eps", "flux"])
+    def test_an_instant_slider_is_the_engines_at_every_step_where_it_works(name):
+        model, trace = comfy_tiny.patcher(name), []
+        draw(name, at_once(name, model, start_step=1, end_step=3), cfg=1.0, trace=trace)
+        cond = comfy_tiny.conditioning(name, 1)
+        ends = [slider_host.FakeClip(name).encode_from_tokens_scheduled(f"a {s} dog") for s in ("big", "small")]
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
+        with comfy_denoiser.ComfyDenoiser(model) as denoiser, torch.no_grad():
+            for i, (x, x0) in enumerate(trace):
+                wanted = sliders.Instant(denoiser, *ends, strength=0.7 if i in (1, 2) else 0.0)
+                close(x0, wanted(x.clone(), sigmas[i : i + 1].clone(), cond), 1e-4)
+                other = sliders.Instant(denoiser, *ends, strength=0.0 if i in (1, 2) else 0.7)
+                assert (x0 - other(x.clone(), sigmas[i : i + 1].clone(), cond)).abs().max() > 1e-3
+
+    def test_it_costs_three_forwards_where_it_works_and_one_elsewhere(monkeypatch):
+        model = comfy_tiny.patcher("flux")
+        before, seen = draw("flux", model, cfg=1.0), []
+        inner = type(model.model)._apply_model
+        monkeypatch.setattr(
+            type(model.model), "_apply_model", lambda *a, **k: (seen.append(1), inner(*a, **k))[1], raising=True
+        )
+        for changes, wanted in [({}, 3 * STEPS), ({"start_step": 3}, STEPS + 2), ({"end": 0.0001}, STEPS + 2)]:
+            seen.clear()
+            draw("flux", at_once("flux", model, **changes), cfg=1.0)
+            assert len(seen) == wanted, changes
+        assert at_once("flux", model, strength=0.0) is model
+        assert torch.equal(draw("flux", model, cfg=1.0), before)
+
+    def test_instant_sliders_add_up_and_repeat_themselves():
+        model = comfy_tiny.patcher("flux")
+        once = draw("flux", at_once("flux", model, strength=1.0))
+        twice = at_once("flux", at_once("flux", model, strength=0.5), strength=0.5)
+        close(draw("flux", twice), once, 1e-4)
+        assert torch.equal(draw("flux", twice), draw("flux", twice))
+        back = at_once("flux", at_once("flux", model, strength=0.5), strength=-0.5)
+        close(draw("flux", back), draw("flux", model), 1e-4)
+        assert not torch.allclose(once, draw("flux", model), rtol=1e-3, atol=1e-3)
+
+    def test_instant_sliders_refuse_equal_ends_and_empty_spans():
+        model = comfy_tiny.patcher("flux")
+        for changes, message in [
+            ({"negative": "a big dog"}, "mean the same to this model"),
+            ({"start": 0.6, "end": 0.5}, "let it end later"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                at_once("flux", model, **changes)
+
+    # --- sweeps -------------------------------------------------------------------------------------------------------
+
+    def sheet_of(model, name="sd15_eps", **given):
+        cond = comfy_tiny.conditioning(name, 1)
+        start = {"samples": torch.zeros(1, 4, 8, 8)}
+        with torch.inference_mode():
+            return grid.Grid.execute(
+                model, cond, cond, slider_host.FakeVAE(4), start, steps="2", cfg=1.0, cell=64, **given
+            )
+
+    def test_the_grid_sweeps_one_slider_over_seeds_and_two_at_one_seed(shelf, monkeypatch):
+        model = comfy_tiny.patcher("sd15_eps")
+        one = files.write(shelf, "one", model, card=files.a_card(usable=(-1.0, 1.0))).name
+        two = files.write(shelf, "two", model, 1).name
+        pages = []
+        inner = grid.sheet
+        monkeypatch.setattr(grid, "sheet", lambda *args: (pages.append(args), inner(*args))[1])
+        text = sheet_of(model, slider=one, strengths="-2, 0, 1", seeds="1, 2")[1]
+        rows, labels, heads, _cell = pages[-1]
+        assert [len(r) for r in rows] == [2, 2, 2]
+        assert heads == ["seed 1", "seed 2"]
+        assert [w in row for w, row in zip(("-2, beyond its range", "+0", "+1"), labels, strict=True)] == [True] * 3
+        assert "seeds differ by" in text
+        out = sheet_of(model, slider=one, strengths="-1, 1", slider_2=two, strengths_2="-1, 0, 0.5", seeds="7")
+        rows, labels, heads, _cell = pages[-1]
+        assert [len(r) for r in rows] == [3, 3]
+        assert heads == ["two_00001 -1", "two_00001 +0", "two_00001 +0.5"]
+        assert "strengths differ by" in out[1]
+        # each picture is the one that stock loaders give
+        for i, s in enumerate((-1.0, 1.0)):
+            for j, t in enumerate((-1.0, 0.0, 0.5)):
+                alone = stock(model, (one, s), (two, t))
+                sheet_of(alone, seeds="7")
+                torch.testing.assert_close(rows[i][j], pages[-1][0][0][0], rtol=1e-4, atol=1e-4)
+        assert (rows[0][0] - rows[1][2]).abs().max() > 1e-2
+        known = [shelf_of.read(one, str(shelf / one))]
+        sheet_of(model, slider="set 1", strengths="1", sliders=known, seeds="7")
+        torch.testing.assert_close(pages[-1][0][0][0], rows[1][1])
+        with pytest.raises(ValueError, match="no slider set is connected"):
+            sheet_of(model, slider="set 1", strengths="1")
+        with pytest.raises(ValueError, match="does not belong on this MODEL"):
+            sheet_of(model, slider=files.write(shelf, "flux", comfy_tiny.patcher("flux")).name, strengths="1")
+
     # --- the schema ---------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("node", [MixSliders, InstantSlider, grid.Grid])
+    def test_schemas_have_words_for_everything(node):
+        schema = node.GET_SCHEMA()
+        assert all(i.tooltip for i in schema.inputs)
+        assert all(o.tooltip for o in schema.outputs)
+        assert schema.search_aliases
 
     def test_the_schema_is_whole_and_has_eight_rows_of_sliders():
         schema = MixSliders.GET_SCHEMA()

@@ -34,6 +34,7 @@ class DiscoverySettings(SliderSettings):
     batch: int = 4
     pool: int = 384
     rank: int = 1
+    seeds: int = 12  # for each slider
     prompts: int = 1  # variations of the prompt that the pool is drawn from
 
     def __post_init__(self) -> None:
