@@ -81,9 +81,9 @@ def _lora(path: Path, header: Header, structure: Structure, match: Match) -> lis
                 f"its keys are PEFT's: ComfyUI drops the {len(lost)} of {len(layers)} layers inside attention silently"
             )
             found.append(Finding(level="problem", text=text, fix="kohya keys"))
-    if lost := _unreadable(structure.family, [layer for layer, _ in keys.values()]):
+    if unread := _unreadable(structure.family, [layer for layer, _ in keys.values()]):
         text = (
-            f"ComfyUI drops {len(lost)} of {len(layers)} layers silently: it knows no underscored diffusers names of "
+            f"ComfyUI drops {len(unread)} of {len(layers)} layers silently: it knows no underscored diffusers names of "
             "transformers (sliders of the original trainers for Flux are such files)"
         )
         found.append(Finding(level="problem", text=text, fix="native keys; connect the model"))
