@@ -37,10 +37,10 @@ class Row:
     across: str = "seeds"  # what the columns are
 
     def measured(self) -> str:
-        small = functional.interpolate(self.images, (SIDE, SIDE), mode="area")
-        apart = f", {self.across} differ by {pairwise_distance(rearrange(small, 'b c h w -> b (c h w)')):.3g}" * (
-            len(self.images) > 1
-        )
+        apart = ""
+        if len(self.images) > 1:
+            small = rearrange(functional.interpolate(self.images, (SIDE, SIDE), mode="area"), "b c h w -> b (c h w)")
+            apart = f", {self.across} differ by {pairwise_distance(small):.3g}"
         return f"{self.label}: {self.seconds:.3g} s per image{apart} ({self.why})"
 
 

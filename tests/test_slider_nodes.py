@@ -346,7 +346,7 @@ else:
         monkeypatch.setattr(
             type(model.model), "_apply_model", lambda *a, **k: (seen.append(1), inner(*a, **k))[1], raising=True
         )
-        for changes, wanted in [({}, 3 * STEPS), ({"start_step": 3}, STEPS + 2), ({"end": 0.0001}, STEPS + 2)]:
+        for changes, wanted in [({}, 3 * STEPS), ({"start_step": 3}, STEPS + 2), ({"end": 0.1}, STEPS + 2)]:
             seen.clear()
             draw("flux", at_once("flux", model, **changes), cfg=1.0)
             assert len(seen) == wanted, changes
