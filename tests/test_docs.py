@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from dmd_core import alarms, discriminators, plan, snapshots
+from dmd_core.drive import DriveConfig
+from dmd_core.families import FAMILIES
+from dmd_core.inpaint import dense_steps
+from dmd_core.runfile import DataSettings, LoraSettings
+from dmd_core.sliders.settings import DiscoverySettings, SliderSettings
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     *ROOT.glob("*.md"),
@@ -67,6 +74,74 @@ def test_pages_speak_of_nodes_that_exist():
     for page in [*(ROOT / "docs").rglob("*.md"), *(ROOT / "nodes" / "web" / "docs").glob("*.md")]:
         named = set(re.findall(r"\bDMD_[A-Z]\w+", page.read_text(encoding="utf-8")))
         assert named <= nodes, page.name
+
+
+def share(value: float) -> str:
+    return f"{value:.0%}".replace("%", " %")
+
+
+def guidance(name: str) -> float:
+    """What Distill takes when guidance is 0."""
+    low, high = FAMILIES[name].cfg
+    return min(max(DataSettings.pair_guidance, low), high)
+
+
+def constant(file: str, name: str) -> float:
+    """Of a file that needs ComfyUI to be imported."""
+    found = re.search(rf"^{name} = ([\d.]+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+FIGURES = {
+    "docs/curves.md": [
+        f"{alarms.CRITIC_RISE:g} times its best, over {alarms.WINDOW} steps",
+        f"below {share(alarms.DIVERSITY[0])}",
+        f"above {share(alarms.DIVERSITY[1])}",
+        f"at least {alarms.LEAST:g}",
+        f"diversity of {snapshots.DIVERSE[0]:g} to {snapshots.DIVERSE[1]:g}",
+        f"Below {snapshots.DIVERSE[0]:g}",
+        f"above {snapshots.DIVERSE[1]:g}",
+    ],
+    "docs/settings.md": [f"{plan.CONTEXT / plan.GIB:.1f} GB for CUDA", f"exceed {share(plan.USABLE)}"],
+    "docs/distil.md": [
+        f"{guidance('sdxl'):g} for SDXL, {guidance('sd15'):g} for SD1.5",
+        f"{guidance('sd3'):g} for SD3",
+        f"**rank.** {LoraSettings.rank} by default",
+    ],
+    "docs/inpainting.md": [
+        f"({constant('nodes/lazy_inpaint.py', 'MANY_STEPS'):g} steps and more)",
+        f"Above {share(constant('nodes/lazy_inpaint.py', 'LITTLE_GAIN'))}",
+    ],
+    "nodes/web/docs/DMD_TrainSlider.md": [f"Words, {SliderSettings.steps} steps, rank {SliderSettings.rank}"],
+    "nodes/web/docs/DMD_DiscoverSliders.md": [
+        f"{DiscoverySettings.sliders} sliders from one topic, {DiscoverySettings.pool} pictures, "
+        f"rank {DiscoverySettings.rank}"
+    ],
+    "nodes/web/docs/DMD_InspectRun.md": [f"diversity of {snapshots.DIVERSE[0]:g} to {snapshots.DIVERSE[1]:g}"],
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_in_guides_are_those_of_the_code(name: str):
+    page = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+    assert [f for f in FIGURES[name] if f not in page] == []
+
+
+def test_words_in_guides_are_those_of_the_code():
+    """Where a guide says a figure in words: the alarms' bounds, the steps that refresh computes whole, saving."""
+    curves = (ROOT / "docs" / "curves.md").read_text(encoding="utf-8")
+    assert discriminators.alarms(0.951, 1.0)
+    assert discriminators.alarms(0.8, 15.1)
+    assert discriminators.alarms(0.549, 1.0)
+    assert discriminators.alarms(0.8, 0.09)
+    assert not discriminators.alarms(0.9, 10.0)
+    assert "more than 95 % right, or a gap above 15" in curves
+    assert "less than 55 % right, or a gap below 0.1" in curves
+    assert DriveConfig.save_minutes == 5
+    assert "or five minutes" in curves
+    assert sorted(dense_steps(20)) == [0, 1, 2, 7, 12, 17]
+    assert "the first three steps and every fifth" in (ROOT / "docs" / "inpainting.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
