@@ -82,7 +82,7 @@ else:
             page.evaluate(SHOWN, "DMD_LazyInpaint")
             page.evaluate("() => { const n = app.graph.nodes[0]; app.canvas.selectNode(n); }")
             page.wait_for_timeout(500)
-            page.locator('[data-testid="info-button"], .node-help-button, button:has(i[class*="help"])').first.click()
+            page.get_by_test_id("info-button").click()
             page.wait_for_selector("text=Only the tokens of the hole are computed", timeout=10_000)
             picture = page.locator('img[src*="lazy_inpaint.svg"]').first
             picture.wait_for(timeout=10_000)
