@@ -82,7 +82,7 @@ def build(browser: Any, name: str, schemas: dict[str, Any], version: str) -> Non
     (WORKFLOWS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     picture = WORKFLOWS / f"{name}.jpg"
     if not (name.startswith(SHAPES) and picture.is_file()):  # those have pictures of their own output
-        diagram(name, api, layout).save(picture, quality=88)
+        diagram(name, api, layout, schemas).save(picture, quality=88)
     print(f"{name}: {len(api)} nodes", flush=True)
 
 
@@ -133,7 +133,7 @@ def difference(found: Api, wanted: Api) -> list[str]:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def diagram(name: str, api: Api, layout: Layout) -> Image.Image:
+def diagram(name: str, api: Api, layout: Layout, schemas: dict[str, Any]) -> Image.Image:
     """The groups of a graph as columns of boxes: no picture pretends to come from a model that was not run."""
     page = Image.new("RGB", THUMBNAIL, PAPER)
     draw = ImageDraw.Draw(page)
@@ -144,12 +144,12 @@ def diagram(name: str, api: Api, layout: Layout) -> Image.Image:
     for i, (group, keys) in enumerate(zip(layout.groups, columns, strict=True)):
         left, top = 20 + i * step, 62
         draw.text((left, top), clipped(draw, group["title"], step - 16, font(15)), fill=INK, font=font(15))
-        row = min(54.0, (height - top - 40) / max(len(keys), 1))
+        row = min(54.0, (height - top - 62) / max(len(keys), 1))
         for j, key in enumerate(keys):
             y = top + 28 + j * row
             own = api[key]["class_type"].startswith("DMD_")
             draw.rounded_rectangle((left, y, left + step - 22, y + row - 9), 5, fill=OWN if own else BOX, outline=LINE)
-            label = clipped(draw, title(api[key]), step - 36, font(13))
+            label = clipped(draw, title(api[key], schemas), step - 36, font(13))
             draw.text((left + 7, y + (row - 9) / 2), label, fill=INK, font=font(13), anchor="lm")
         if i + 1 < len(columns):
             middle = top + 28 + (row - 9) / 2
@@ -161,8 +161,8 @@ def diagram(name: str, api: Api, layout: Layout) -> Image.Image:
     return page
 
 
-def title(node: dict[str, Any]) -> str:
-    return str(node.get("_meta", {}).get("title") or node["class_type"].removeprefix("DMD_"))
+def title(node: dict[str, Any], schemas: dict[str, Any]) -> str:
+    return str(node.get("_meta", {}).get("title") or schemas[node["class_type"]]["display_name"])
 
 
 def font(size: int) -> Any:

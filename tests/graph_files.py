@@ -25,7 +25,7 @@ WORKFLOWS = PACK / "workflows"
 AUTHORED = WORKFLOWS / "api"
 GOLDEN = PACK / "tests" / "golden"
 OURS, CORE = GOLDEN / "nodes.json", GOLDEN / "core_nodes.json"
-DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+DYNAMIC, GROWING = "COMFY_DYNAMICCOMBO_V3", "COMFY_AUTOGROW_V3"
 # of core nodes: choices that are files of this machine
 FILES = {
     "CheckpointLoaderSimple": ("ckpt_name",),
@@ -94,7 +94,7 @@ def read_schemas() -> dict[str, Any]:
 
 def core_schema(info: Mapping[str, Any]) -> dict[str, Any]:
     """Of /object_info, what graphs depend on; lists of files left out, old nodes' choices written as new ones'."""
-    kept = {k: info[k] for k in ("input", "input_order", "output", "output_name", "output_node")}
+    kept = {k: info[k] for k in ("display_name", "input", "input_order", "output", "output_name", "output_node")}
     found: dict[str, Any] = json.loads(json.dumps(kept))
     for section in ("required", "optional"):
         for name, spec in found["input"].get(section, {}).items():
@@ -124,11 +124,24 @@ def _inputs(
         for name in (order or {}).get(section) or given:
             kind, *more = given[name]
             options = more[0] if more else {}
+            if kind == GROWING:  # as many inputs as are linked: images.image0, images.image1, ...
+                yield from _grown(f"{prefix}{name}.", options["template"], values)
+                continue
             yield prefix + name, kind, options, section == "required"
             if kind == DYNAMIC:
                 chosen = values.get(prefix + name)
                 inner = next((o["inputs"] for o in options["options"] if o["key"] == chosen), {})
                 yield from _inputs(inner, None, values, f"{prefix}{name}.")
+
+
+def _grown(
+    prefix: str, template: Mapping[str, Any], values: Mapping[str, Any]
+) -> Iterator[tuple[str, str, dict[str, Any], bool]]:
+    ((kind, *more),) = template["input"]["required"].values()
+    for i in range(template["max"]):
+        name = f"{prefix}{template['prefix']}{i}"
+        if name in values or i < template["min"]:
+            yield name, kind, more[0] if more else {}, i < template["min"]
 
 
 def completed(api: Api, schemas: Schemas) -> Api:

@@ -1,0 +1,177 @@
+"""The example graphs executed in a real, headless ComfyUI: shapes graphs as they are, others on tiny models.
+
+Of a graph only its loaders are replaced by stand-ins of the same family, and files by small ones of the same name. What
+trains is cut short: as its plan, where it has one, and for two updates, both at 64 pixels.
+"""
+
+import copy
+import time
+from pathlib import Path
+
+import comfy_host
+import graph_files
+import pytest
+
+pytestmark = pytest.mark.comfy
+NAMES = graph_files.names()
+SHAPES = [n for n in NAMES if n.startswith("Shapes")]
+SHAPES_S = 120  # on two cores that have nothing else to do
+# of a model file's name -> family of comfy_tiny
+FAMILIES = {
+    "sd_xl": "sdxl",
+    "dmd2_sdxl": "sdxl",
+    "flux1-": "flux",
+    "z_image": "z_image",
+    "sd3.5": "sd3",
+    "qwen_image": "qwen_image",
+    "wan2.2": "wan",
+}
+MODEL_LOADERS = {"UNETLoader": "unet_name", "CheckpointLoaderSimple": "ckpt_name"}
+STANDINS = {
+    "UNETLoader": "StandinModel",
+    "CheckpointLoaderSimple": "StandinCheckpoint",
+    "CLIPLoader": "StandinCLIP",
+    "DualCLIPLoader": "StandinCLIP",
+    "VAELoader": "StandinVAE",
+}
+
+
+def family_of(api):
+    files = [n["inputs"][MODEL_LOADERS[n["class_type"]]] for n in api.values() if n["class_type"] in MODEL_LOADERS]
+    (found,) = {next(v for k, v in FAMILIES.items() if file.startswith(k)) for file in files}
+    return found
+
+
+def with_standins(api):
+    """The graph with its loaders replaced, and nothing else."""
+    if not any(n["class_type"] in STANDINS for n in api.values()):
+        return api
+    family, found = family_of(api), copy.deepcopy(api)
+    for node in found.values():
+        if node["class_type"] in STANDINS:
+            file = node["inputs"].get(MODEL_LOADERS.get(node["class_type"], ""), "")
+            node["class_type"] = STANDINS[node["class_type"]]
+            node["inputs"] = {"family": family, "file": file}
+    return found
+
+
+SLIDER = {"steps": 2, "size": 64, "pool": 8, "seeds": 4, "batch": 1, "sample_steps": 0, "checkpointing": False}
+SHORT = {
+    "DMD_Distill": {
+        **{"mode": "train", "updates": 2, "size": 64, "accumulate": 1, "count": 2, "teacher_steps": 2},
+        **{"pairs": 2, "pair_steps": 2, "check_teacher": False},
+    },
+    "DMD_TrainSlider": SLIDER,
+    "DMD_DiscoverSliders": {**SLIDER, "sliders": 2},
+}
+
+
+def training(api):
+    return [n for n in api.values() if n["class_type"] in SHORT]
+
+
+def has_plan(api):
+    return all(n["inputs"].get("mode") == "plan" for n in training(api))
+
+
+if not comfy_host.in_comfy():
+
+    @pytest.mark.skipif(comfy_host.missing() is not None, reason=str(comfy_host.missing()))
+    def test_the_graphs_in_a_headless_comfyui():
+        comfy_host.run_tests_in_comfy(Path(__file__), "-m", "comfy and not slow", timeout_s=3000)
+
+else:
+    from comfy_server import serving
+    from PIL import Image
+
+    @pytest.fixture(scope="module")
+    def server(tmp_path_factory):
+        with serving(tmp_path_factory.mktemp("graphs") / "comfy") as found:
+            yield found
+
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_a_shapes_graph_runs_as_it_is_and_quickly(server, name):
+        began = time.monotonic()
+        outputs = server.execute(graph_files.read_api(name))
+        assert time.monotonic() - began < SHAPES_S
+        for key in graph_files.read_layout(name).outputs:
+            assert outputs[key].get("images") or outputs[key].get("text")
+        for shown in [i for out in outputs.values() for i in out.get("images", [])]:
+            with Image.open(server.picture(shown)) as picture:
+                assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 30, "nothing to see"
+
+    REAL = {n: graph_files.read_api(n) for n in NAMES if n not in SHAPES}
+
+    @pytest.mark.parametrize("name", [n for n, api in REAL.items() if has_plan(api)])
+    def test_a_graph_for_real_models_runs_on_tiny_ones(server, name):
+        api = with_standins(REAL[name])
+        for node in training(api):
+            node["inputs"]["size"] = 64
+        outputs = server.execute(api)
+        for key in graph_files.read_layout(name).outputs:
+            # a plan gives words; what shows pictures of a student waits for one
+            if not training(REAL[name]) or "source" in REAL[name][key]["inputs"]:
+                assert outputs[key].get("images") or outputs[key].get("text")
+
+    @pytest.mark.parametrize("name", [n for n, api in REAL.items() if training(api)])
+    def test_a_training_graph_trains(server, name):
+        """As a user goes on after the plan, but for two updates of little."""
+        api = with_standins(REAL[name])
+        for node in training(api):
+            node["inputs"].update(SHORT[node["class_type"]])
+        for key, node in api.items():
+            if node["class_type"] == "LoadImage":  # pictures that differ: from equal ones nothing can be learnt
+                node["inputs"]["image"] = f"{key}.png"
+                Image.effect_noise((64, 64), 20 * int(key)).convert("RGB").save(server.base / "input" / f"{key}.png")
+        outputs = server.execute(api)
+        for key in graph_files.read_layout(name).outputs:
+            assert outputs[key].get("images") or outputs[key].get("text")
+
+    def test_outpainting_needs_no_painted_mask(server):
+        """Load Image gives a mask of 64 x 64 zeros for a picture that nobody painted on."""
+        plain = server.base / "input" / "plain.png"
+        Image.new("RGB", (512, 512), (90, 120, 150)).save(plain)
+        api = with_standins(graph_files.read_api("Outpaint"))
+        (load,) = (n["inputs"] for n in api.values() if n["class_type"] == "LoadImage")
+        load["image"] = plain.name
+        outputs = server.execute(api)
+        (shown,) = outputs[graph_files.read_layout("Outpaint").outputs[0]]["images"]
+        with Image.open(server.picture(shown)) as picture:
+            assert picture.size == (768, 512)
+            assert picture.convert("RGB").getpixel((10, 10)) == (90, 120, 150), "the picture itself has changed"
+
+    # --- controls -----------------------------------------------------------------------------------------------------
+
+    def test_without_stand_ins_a_graph_for_real_models_is_refused(server):
+        with pytest.raises(ValueError, match="was refused"):
+            server.execute(graph_files.read_api("SDXL DMD2 in 4 steps"))
+
+    @pytest.mark.parametrize("change", ["renamed node", "wrong value", "missing link"])
+    def test_a_broken_graph_fails(server, change):
+        api = with_standins(graph_files.read_api("SDXL DMD2 in 4 steps"))
+        (key,) = (k for k, n in api.items() if n["class_type"] == "DMD_FewStepSampler")
+        if change == "renamed node":
+            api[key]["class_type"] = "DMD_FewStepSamplerOfTomorrow"
+        elif change == "wrong value":
+            api[key]["inputs"]["profile"] = "dmd3"
+        else:
+            del api[key]["inputs"]["positive"]
+        with pytest.raises(ValueError, match="was refused"):
+            server.execute(api)
+
+    def test_a_stand_in_of_another_family_fails(server):
+        """The wiring matters: a conditioning that is as wide as another family's does not fit."""
+        api = with_standins(graph_files.read_api("SDXL DMD2 in 4 steps"))
+        for node in api.values():
+            if node["class_type"] == "StandinCheckpoint":
+                node["inputs"]["family"] = "flux"
+        with pytest.raises(ValueError, match="failed"):
+            server.execute(api)
+
+    def test_the_log_holds_no_complaint_of_ours(server):
+        """Runs last: the start and every graph above."""
+        lines = [line for line in server.log.splitlines() if "lora key not loaded" in line]
+        assert lines == []
+        start = server.log.split("To see the GUI")[0]
+        assert "Cannot import" not in start
+        assert "IMPORT FAILED" not in start

@@ -1,0 +1,78 @@
+"""The example graphs in the real frontend, in Chromium: what users open opens, and means what was authored.
+
+Pictures of all open graphs are kept in out/graphs.
+"""
+
+import copy
+from pathlib import Path
+
+import comfy_host
+import graph_files
+import pytest
+
+pytestmark = pytest.mark.browser
+PICTURES = graph_files.PACK / "out" / "graphs"
+NAMES = graph_files.names()
+
+if not comfy_host.in_comfy():
+
+    @pytest.mark.skipif(comfy_host.missing() is not None, reason=str(comfy_host.missing()))
+    def test_the_graphs_in_chromium():
+        comfy_host.run_tests_in_comfy(Path(__file__))
+
+else:
+    pytest.importorskip("playwright", reason="not run: ComfyUI's Python has no playwright")
+
+    from comfy_server import name_files, serving
+    from graph_browser import browsing
+
+    @pytest.fixture(scope="module")
+    def browser(tmp_path_factory):
+        base = tmp_path_factory.mktemp("browser") / "comfy"
+        name_files(base, graph_files.read_models())
+        with serving(base) as server, browsing(server) as found:
+            yield found
+
+    def faults(browser, ui, name):
+        """What is wrong with a graph once it is open; nothing where all is well."""
+        browser.opened(ui)
+        browser.page.wait_for_timeout(300)
+        found = [f"{t} is missing" for t in browser.strangers()] + browser.errors
+        prompt = graph_files.plain(browser.prompt())
+        return found + ([] if prompt == graph_files.plain(graph_files.read_api(name)) else ["another graph"])
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_it_opens_and_means_what_was_authored(browser, name):
+        ui = graph_files.read_ui(name)
+        assert faults(browser, ui, name) == []
+        kept = browser.app_view()
+        assert len(kept["inputs"]) == len(graph_files.read_layout(name).inputs), "the app view lost inputs"
+        assert [str(o) for o in kept["outputs"]] == graph_files.read_layout(name).outputs
+        assert browser.screenshot(PICTURES / f"{name}.png").stat().st_size > 20_000
+
+    def test_every_graph_and_its_thumbnail_are_in_the_template_browser(browser):
+        listed = browser.server.get("/workflow_templates")["ComfyUI-DMD"]
+        assert sorted(listed) == NAMES
+        for name in NAMES:
+            for ending in ("json", "jpg"):
+                found = browser.page.evaluate(
+                    "async (path) => { const a = await fetch(path); return [a.status, (await a.blob()).size]; }",
+                    f"/api/workflow_templates/ComfyUI-DMD/{name}.{ending}",
+                )
+                assert found[0] == 200
+                assert found[1] > 500
+
+    @pytest.mark.parametrize("change", ["renamed node", "wrong value", "missing link"])
+    def test_a_broken_graph_is_told(browser, change):
+        name = "SDXL DMD2 in 4 steps"
+        ui = copy.deepcopy(graph_files.read_ui(name))
+        (sampler,) = (n for n in ui["nodes"] if n["type"] == "DMD_FewStepSampler")
+        if change == "renamed node":
+            sampler["type"] = "DMD_FewStepSamplerOfTomorrow"
+        elif change == "wrong value":
+            sampler["widgets_values"][0] = 99
+        else:
+            ui["links"] = [link for link in ui["links"] if link[3] != sampler["id"] or link[5] != "CONDITIONING"]
+            for given in sampler["inputs"]:
+                given["link"] = None if given["name"] == "positive" else given["link"]
+        assert faults(browser, ui, name) != []
