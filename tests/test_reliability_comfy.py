@@ -156,7 +156,8 @@ else:
         def run(model, number: int):
             given = slider_host.inputs(node, "flux", model=model, run_name=f"slider {number}", size=64, **small)
             lora = node.execute(**given).result[1]
-            return torch.cat([v.flatten().float() for v in lora.values()])
+            sets = lora if isinstance(lora, list) else [lora]  # Discover Sliders gives one per slider
+            return torch.cat([v.flatten().float() for found in sets for v in found.values()])
 
         return run
 
@@ -175,7 +176,7 @@ else:
         "Grid": gridding,
         "Inpaint": inpainting,
         "Encode Prompts": encoding,
-        "Train Slider": sliding(train_slider.TrainSlider, made_from=slider_host.WORDS, steps=2, pool=4, seeds=2),
+        "Train Slider": sliding(train_slider.TrainSlider, made_from=slider_host.WORDS, steps=2, pool=8, seeds=4),
         "Discover Sliders": sliding(
             discover_sliders.DiscoverSliders, prompt="a dog", sliders=2, steps=2, pool=8, rank=1
         ),
