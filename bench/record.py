@@ -84,24 +84,31 @@ def seconds(work: Work, device: str = "cpu") -> float:
     return time.perf_counter() - began
 
 
-def compared(
-    ours: Work, other: Work, rounds: int, device: str = "cpu", warm: int = 1, clock: Callable[..., float] = seconds
-) -> dict[str, Any]:
-    """ours / other, each round both and in turn first: the median ratio, its quartiles, and on CUDA milliseconds."""
+def compared(ours: Work, other: Work, rounds: int, device: str = "cpu", warm: int = 1) -> dict[str, Any]:
+    """ours / other: the median ratio, its quartiles, and on CUDA milliseconds."""
+    return all_compared({"ours": ours}, other, rounds, device, warm)["ours"]
+
+
+def all_compared(
+    works: Mapping[str, Work], other: Work, rounds: int, device: str = "cpu", warm: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Each round runs everything, every other round backwards; ratios are taken within a round."""
+    everything = {**works, "": other}
     for _ in range(warm):
-        ours()
-        other()
-    pairs = []
+        for work in everything.values():
+            work()
+    taken: list[dict[str, float]] = []
     for i in range(rounds):
-        both = {}
-        for name, work in (("a", ours), ("b", other)) if i % 2 else (("b", other), ("a", ours)):
-            both[name] = clock(work, device)
-        pairs.append((both["a"], both["b"]))
-    found = spread([a / b for a, b in pairs])
-    if device.startswith("cuda"):
-        found |= {"ours_ms": 1e3 * statistics.median(a for a, _ in pairs)}
-        found |= {"other_ms": 1e3 * statistics.median(b for _, b in pairs)}
-    return {k: round(v, 4) for k, v in found.items()} | {"rounds": rounds}
+        order = list(everything) if i % 2 else list(everything)[::-1]
+        taken.append({name: seconds(everything[name], device) for name in order})
+    found = {}
+    for name in works:
+        figures = spread([t[name] / t[""] for t in taken])
+        if device.startswith("cuda"):
+            figures |= {"ours_ms": 1e3 * statistics.median(t[name] for t in taken)}
+            figures |= {"other_ms": 1e3 * statistics.median(t[""] for t in taken)}
+        found[name] = {k: round(v, 4) for k, v in figures.items()} | {"rounds": rounds}
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from dmd_core.train import TrainConfig, train
 from dmd_core.trainstate import TrainState
 
 from .models import REAL, SMALL, Size
-from .record import NOT_RUN, Table, compared, tensor_bytes
+from .record import NOT_RUN, Table, all_compared, tensor_bytes
 
 RATIO, GUIDANCE, LR, CLIP = 5, 4.0, 1e-5, 1.0
 RANK = {"cpu": 8, "cuda": 64}
@@ -182,10 +182,11 @@ def on_cpu(rounds: int = 5, batch: int = 1) -> Table:
     for name, size in SMALL.items():
         row: dict[str, Any] = {"network": name}
         peaks = {side: peak_in_child(name, side, batch) for side in SIDES}
-        for other in ("three copies", "three copies, LoRA"):
-            a, b = SIDES["ours"](size, batch), SIDES[other](size, batch)
-            found = compared(b.update, a.update, rounds)
-            row |= {f"speed over {other}": found["ratio"], f"quartiles, {other}": [found["low"], found["high"]]}
+        made = {side: make(size, batch) for side, make in SIDES.items()}
+        ours = made.pop("ours")
+        found = all_compared({side: other.update for side, other in made.items()}, ours.update, rounds)
+        for other, speed in found.items():
+            row |= {f"speed over {other}": speed["ratio"], f"quartiles, {other}": [speed["low"], speed["high"]]}
             for kind in ("peak", "kept"):
                 row[f"{kind} memory over {other}"] = round(peaks["ours"][kind] / peaks[other][kind], 3)
         table.rows.append(row)
