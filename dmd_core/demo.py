@@ -18,7 +18,7 @@ from .conditioning import Cond
 from .curves import curves
 from .data import Prompts
 from .denoiser import Denoiser, Guided
-from .families import detect
+from .families.joint import SHAPES as FAMILY
 from .objectives.dmd2 import DMD2, DMD2Config
 from .samplers import sample_euler, sample_restart, start
 from .sheet import sheet
@@ -29,7 +29,6 @@ from .weights.recipe import Recipe
 
 SIDE = shapes.world.CANVAS // shapes.autoencoder.FACTOR
 LATENT = (shapes.autoencoder.CHANNELS, SIDE, SIDE)
-SIGMAS = {1: (1.0,), 4: (1.0, 0.75, 0.5, 0.25)}
 FACTORS = ("radius", "x", "y", "angle", "light")  # continuous ones, of the first object
 
 
@@ -45,7 +44,7 @@ class DemoConfig:
     guidance: float = 2.0
     critic_updates: int = 4
     lr: float = 1e-3
-    num_judged: int = 512  # pictures per row of the report
+    num_judged: int = 1024  # pictures per row of the report
     num_shown: int = 8  # columns of the sheet
 
 
@@ -93,6 +92,11 @@ def captions(n: int, seed: int) -> list[str]:
     return shapes.captions.describe(shapes.world.sample(n, rng), rng)
 
 
+def levels(steps: int) -> tuple[float, ...]:
+    """The noise levels at which ComfyUI's simple scheduler calls this model, and the final 0."""
+    return tuple(FAMILY.sigmas(steps).tolist())
+
+
 def distil(
     world: World,
     steps: int,
@@ -102,7 +106,7 @@ def distil(
     on_report: Callable[[Report], None] = lambda report: None,
 ) -> Run:
     """DMD2 from prompts alone; student and critic are LoRA sets on the teacher's own network."""
-    bank = AdapterBank(world.net)
+    bank = AdapterBank(world.net, FAMILY.targets())
     rng = torch.Generator().manual_seed(config.seed)
     bank.new("student", config.rank, rng)
     bank.new("critic", config.rank, rng)
@@ -110,7 +114,7 @@ def distil(
         bank.load("student", begin)
     student, critic = (Adapted(world.teacher, bank, {k: 1.0}) for k in ("student", "critic"))
     dmd2 = DMD2Config(
-        sigmas=SIGMAS[steps],
+        sigmas=levels(steps)[:-1],
         guidance=config.guidance,
         critic_updates=config.critic_updates,
         student_lr=config.lr,
@@ -146,13 +150,13 @@ def generate(
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(prompts), *LATENT, generator=rng).to(world.device)
     draw = torch.Generator(world.device).manual_seed(seed + 1)
-    levels = torch.tensor([*sigmas, 0.0], device=world.device)
+    steps = torch.tensor(sigmas, device=world.device)
     parts = []
     for index in torch.arange(len(prompts)).split(64):
         x = start(denoiser.schedule, noise[index.to(noise.device)], sigmas[0])
         cond = prompts.take(index)
         parts.append(
-            sample_restart(denoiser, x, levels, cond, draw) if fresh else sample_euler(denoiser, x, levels, cond)
+            sample_restart(denoiser, x, steps, cond, draw) if fresh else sample_euler(denoiser, x, steps, cond)
         )
     return torch.cat(parts)
 
@@ -166,7 +170,7 @@ def judge(world: World, images: Tensor, prompts: Sequence[str], reference: Tenso
     kinds = torch.stack([scene.shape[:, 0], scene.colour[:, 0]], 1)
     return {
         "accuracy": shapes.captions.accuracy(prompts, scene),
-        "frechet": metrics.frechet(features, reference),
+        "frechet": metrics.frechet_limit(features, reference, torch.Generator().manual_seed(0)),
         "coverage": metrics.coverage(kinds, len(shapes.world.SHAPES) * len(shapes.world.COLOURS)),
         "spread": {k: v.std().item() for k, v in continuous(scene).items()},
         "distance": metrics.pairwise_distance(features),
@@ -185,12 +189,12 @@ def continuous(scene: Any) -> dict[str, Tensor]:
 def rows(
     config: DemoConfig, world: World, runs: Mapping[int, Run]
 ) -> Iterator[tuple[str, Denoiser, Sequence[float], bool]]:
-    """name, denoiser, noise levels, whether fresh noise is drawn between steps"""
+    """name, denoiser, noise levels ending in 0, whether fresh noise is drawn between steps"""
     guided = Guided(world.teacher, config.guidance, world.encode([""]))
     for steps in (40, 4, 1):
-        yield f"teacher_{steps}", guided, [1 - i / steps for i in range(steps)], False
+        yield f"teacher_{steps}", guided, levels(steps), False
     for steps, run in runs.items():
-        yield f"student_{steps}", run.student, SIGMAS[steps], True
+        yield f"student_{steps}", run.student, levels(steps), True
 
 
 def run_demo(out: Path, config: DemoConfig, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
@@ -224,20 +228,19 @@ def run_demo(out: Path, config: DemoConfig, device: torch.device, say: Callable[
 def export(world: World, folder: Path, steps: int, state: Mapping[str, Tensor], config: DemoConfig) -> Path:
     """An ordinary LoRA file that says how it wants to be sampled."""
     names = [n for n, _ in world.net.named_modules()]
-    family = detect(names)
     recipe = Recipe(
-        family=family.name,
+        family=FAMILY.name,
         objective="dmd2",
         steps=steps,
-        sigmas=(*SIGMAS[steps], 0.0),
+        sigmas=levels(steps),
         trained_cfg=config.guidance,
         prediction="flow",
-        shift=1.0,
+        shift=FAMILY.shift,
         base="shapes teacher",
         rank=config.rank,
         trained_on="captions of the shapes world",
     )
-    return save_lora(folder, f"shapes_student_{steps}", state, names, family=family, recipe=recipe)
+    return save_lora(folder, f"shapes_student_{steps}", state, names, family=FAMILY, recipe=recipe)
 
 
 def measure(
@@ -255,7 +258,7 @@ def measure(
     return table, pictures
 
 
-def held_out_features(world: World, n: int = 2048) -> Tensor:
+def held_out_features(world: World, n: int = 8192) -> Tensor:
     """Recogniser features of renders that no training has seen."""
     scene = shapes.world.sample(n, torch.Generator().manual_seed(987_654))
     with torch.no_grad():

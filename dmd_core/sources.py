@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .runfile import ModelSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-SHAPES_SIZE = 128
+SHAPES_SIZE = shapes.world.CANVAS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ else:
     load_shapes = comfy_host.pack_module("nodes.load_shapes").LoadShapes
     shapes = comfy_host.pack_module("dmd_core.shapes")
 
-    samplers = comfy_host.pack_module("dmd_core.samplers")
+    samplers, sigmas = (comfy_host.pack_module(f"dmd_core.{name}") for name in ("samplers", "sigmas"))
     core = comfy_host.pack_module("dmd_core.conditioning")
     SIDE = shapes.world.CANVAS // 8
     PROMPT = "a large red star left"
@@ -96,7 +96,7 @@ else:
         teacher, text = shapes.load_teacher(), shapes.load_text_encoder()
         denoiser, cond = shapes.teacher.denoiser(teacher), core.Cond(*text.encode([prompt]))
         noise = comfy.sample.prepare_noise(torch.zeros(1, 16, SIDE, SIDE), seed)
-        levels = torch.tensor([1 - i / steps for i in range(steps)] + [0.0])
+        levels = sigmas.ending(sigmas.shifted(steps, denoiser.schedule.shift))
         return samplers.sample_euler(denoiser, samplers.start(denoiser.schedule, noise, 1.0), levels, cond)
 
     @torch.inference_mode()

@@ -124,7 +124,7 @@ def world(monkeypatch, tmp_path):
 
         return build
 
-    monkeypatch.setattr(shapes, "load_teacher", seeded(lambda: shapes.teacher.Teacher(double=1, single=1)))
+    monkeypatch.setattr(shapes, "load_teacher", seeded(lambda: shapes.teacher.Teacher(depth=2)))
     monkeypatch.setattr(shapes, "load_text_encoder", seeded(shapes.text.TextEncoder))
     monkeypatch.setattr(shapes, "load_autoencoder", seeded(shapes.autoencoder.Autoencoder))
     monkeypatch.setattr(shapes, "load_recogniser", seeded(shapes.recogniser.Recogniser))

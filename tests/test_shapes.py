@@ -14,11 +14,12 @@ from dmd_core.samplers import sample_euler
 from dmd_core.shapes import autoencoder, captions, teacher, text, world
 from dmd_core.shapes.build import STAGES
 from dmd_core.shapes.stages import Latents
+from dmd_core.sigmas import ending, shifted
 
 
 @pytest.fixture
 def scene(rng):
-    return world.sample(96, rng, textured=0.5)
+    return world.sample_wide(96, rng, textured=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +93,9 @@ def test_rotation_turns_clockwise_and_position_moves_right_and_down():
 # captions
 
 
-def test_every_scene_shows_what_its_caption_says_and_not_what_another_says(rng):
-    scene = world.sample(1500, rng)
+@pytest.mark.parametrize("sample", [world.sample, world.sample_wide])
+def test_every_scene_shows_what_its_caption_says_and_not_what_another_says(sample, rng):
+    scene = sample(1500, rng)
     said = captions.describe(scene, rng)
     assert captions.accuracy(said, scene) == 1
     assert captions.accuracy(said[1:] + said[:1], scene) < 0.05
@@ -231,10 +233,18 @@ def test_training_batches_go_on_where_a_run_stopped(vae):
 
 def test_a_new_teacher_has_the_names_and_size_that_hosts_expect():
     state = teacher.Teacher().state_dict()
-    assert state["double_blocks.1.img_attn.norm.key_norm.scale"].shape == (128,)
-    assert state["img_in.weight"].shape == (128, 64)
-    assert not [k for k in state if k.startswith("guidance_in")]
-    assert 2.2e6 < sum(v.numel() for v in state.values()) < 2.4e6
+    assert state["joint_blocks.0.context_block.attn.proj.weight"].shape == (192, 192)
+    assert state["x_embedder.proj.weight"].shape == (192, 16, 2, 2)
+    assert "joint_blocks.2.context_block.attn.proj.weight" not in state  # nobody reads the text after the last block
+    assert 3.7e6 < sum(v.numel() for v in state.values()) < 3.9e6
+
+
+def test_positions_are_those_of_the_published_models():
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    # there the grid is scaled to its base size, here one token is one unit
+    theirs = get_2d_sincos_pos_embed(192, 16, base_size=16, output_type="pt")
+    torch.testing.assert_close(teacher.positions(192)[0], theirs.float(), atol=1e-5, rtol=0)
 
 
 def test_text_order_does_not_matter_but_picture_positions_do(rng):
@@ -248,41 +258,25 @@ def test_text_order_does_not_matter_but_picture_positions_do(rng):
 
 
 def test_odd_latents_are_refused(rng):
-    with pytest.raises(ValueError, match=r"\[1, 16, 5, 4\].*even"):
-        teacher.Teacher()(torch.zeros(1, 16, 5, 4), torch.zeros(1), torch.zeros(1, 2, 64), torch.zeros(1, 64))
+    for shape, said in (((1, 16, 5, 4), r"\[1, 16, 5, 4\].*even"), ((1, 16, 4, 34), "at most 32")):
+        with pytest.raises(ValueError, match=said):
+            teacher.Teacher()(torch.zeros(shape), torch.zeros(1), torch.zeros(1, 2, 64), torch.zeros(1, 64))
 
 
-def drawn(prompts, seed, steps, vae):
-    """Pictures of the teacher with guidance 2."""
+def drawn(prompts, seed, steps, guidance, vae):
     encoder, model = shapes.load_text_encoder(), teacher.denoiser(shapes.load_teacher())
     noise = torch.randn(len(prompts), 16, 8, 8, generator=torch.Generator().manual_seed(seed))
-    guided = Guided(model, 2.0, Cond(*encoder.encode([""])))
-    return vae.decode(sample_euler(guided, noise, torch.linspace(1, 0, steps + 1), Cond(*encoder.encode(prompts))))
+    guided = Guided(model, guidance, Cond(*encoder.encode([""])))
+    levels = ending(shifted(steps, teacher.SCHEDULE.shift))
+    return vae.decode(sample_euler(guided, noise, levels, Cond(*encoder.encode(prompts))))
 
 
-def held_out_prompts(n):
-    rng = torch.Generator().manual_seed(77)
-    return captions.describe(world.sample(n, rng), rng)
-
-
-def test_the_teacher_follows_colour_place_and_background(recogniser, vae):
-    # its outlines are not good enough yet for the shape words, see weights/MODEL_CARD.md
-    prompts = held_out_prompts(64)
-    read = recogniser.read(drawn(prompts, 78, 8, vae))
-
-    def right(said):
-        found = captions.agreement(said, read)
-        return torch.stack([found[k] for k in ("colour", "side", "height", "light")]).all(0).float().mean()
-
-    assert right(prompts) > 0.85
-    assert right(prompts[1:] + prompts[:1]) < 0.3
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="28 % after 5200 steps; the target of 95 % needs a better trained teacher")
 def test_the_teacher_draws_everything_that_the_prompt_says(recogniser, vae):
-    prompts = held_out_prompts(128)
-    assert captions.accuracy(prompts, recogniser.read(drawn(prompts, 78, 40, vae))) > 0.93
+    rng = torch.Generator().manual_seed(77)
+    prompts = captions.describe(world.sample(128, rng), rng)
+    read = recogniser.read(drawn(prompts, 78, 20, 2.0, vae))
+    assert captions.accuracy(prompts, read) > 0.93
+    assert captions.accuracy(prompts[1:] + prompts[:1], read) < 0.1
 
 
 # files

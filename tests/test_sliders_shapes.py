@@ -74,8 +74,7 @@ class Lab:
     layers: Targets
 
     def sampling(self, steps: int, guidance: float = 2.0) -> Sampling:
-        sigmas = tuple(1 - i / steps for i in range(steps))
-        return Sampling(shape=LATENT, sigmas=sigmas, guidance=guidance, negative=self.negative)
+        return Sampling(shape=LATENT, sigmas=demo.levels(steps)[:-1], guidance=guidance, negative=self.negative)
 
     def read(self, latents: Tensor) -> dict[str, Tensor]:
         """Continuous factors in shares of their span. [n] each"""
@@ -86,7 +85,6 @@ class Lab:
 @lru_cache
 def lab() -> Lab:
     world = demo.World.load(torch.device("cpu"))
-    # every Linear, for the demo's student adapts them all; sliders take the family's usual layers
     bank = AdapterBank(world.net)
     layers = families.detect(world.net).targets("all")
     return Lab(world, bank, Adapted(world.teacher, bank), world.encode([""]), layers)
@@ -94,7 +92,7 @@ def lab() -> Lab:
 
 def embed(latents: Tensor) -> Tensor:
     here = lab()
-    return own_features(here.model, here.world.net, ["double_blocks.1"], here.negative, sigma=0.15)(latents)
+    return own_features(here.model, here.world.net, ["joint_blocks.1.x_block.mlp"], here.negative, sigma=0.15)(latents)
 
 
 @lru_cache

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ..denoiser import NetDenoiser
 from .bundle import Bundle
-from .flux_keys import flux_config, flux_state, is_native_flux
-from .nets import FLUX, PIPELINES, SD, SDXL, Kind, latent_channels, native_size, schedule_of
+from .flux_keys import bare, flux_config, flux_state, is_native_flux
+from .nets import FLUX, PIPELINES, SD, SD3, SDXL, Kind, latent_channels, native_size, schedule_of
+from .sd3_config import is_native_sd3, sd3_config
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+SD3_PARTS = ("vae", *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")))
 NO_SCREENING = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -179,6 +181,8 @@ def load_file(path: Path, dtype: torch.dtype, config: Any, original_config: Any)
     shapes = read_header(path)
     if config is None and is_native_flux(shapes):
         return load_native_flux(path, dtype)
+    if config is None and is_native_sd3(shapes):
+        return load_native_sd3(path, dtype)
     if original_config is not None:
         return load_ldm(path, dtype, Path(original_config), shapes)
     return load_with_config(path, dtype, Path(config) if config else cached_config(path, shapes), shapes)
@@ -292,6 +296,27 @@ def flux_net(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) ->
         net: Any = diffusers.FluxTransformer2DModel(**flux_config(state))
     net.load_state_dict({k: v.to(dtype) for k, v in flux_state(state).items()}, assign=True)
     return net.to(dtype).eval().requires_grad_(False)
+
+
+def load_native_sd3(path: Path, dtype: torch.dtype) -> tuple[Any, Kind]:
+    """A bare SD3 transformer as released, of any width and depth."""
+    import diffusers
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    state = bare(read_state(path))
+    with explained(path):
+        net: Any = diffusers.SD3Transformer2DModel(**sd3_config(state))
+        net.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(state))
+        if state:  # the converter takes out what it knows
+            raise ValueError(
+                f"tensor {next(iter(state))!r} is not part of an SD3 transformer; "
+                "files in fp32, bf16 or fp16 are accepted"
+            )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    parts = dict.fromkeys(SD3_PARTS)
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=net.to(dtype).eval().requires_grad_(False), scheduler=scheduler, **parts
+    ), SD3
 
 
 @contextmanager

@@ -1,14 +1,14 @@
 """Model families: how to tell them, and what to train, read, checkpoint and write in each."""
 
 from .family import PRESETS, Family, Layers, Preset, Same
-from .joint import FLUX, FLUX2, FLUX_SCHNELL, QWEN_IMAGE, SD3
+from .joint import FLUX, FLUX2, FLUX_SCHNELL, QWEN_IMAGE, SD3, SHAPES
 from .names import Names, Source, layer_path, spelled, split_key
 from .stream import GENERIC, PIXART, WAN, Z_IMAGE
 from .unet import SD2, SD15, SDXL
 
 # specific before broad: the first that recognises the names wins
-_ORDER = (SDXL, SD15, SD2, SD3, FLUX2, FLUX_SCHNELL, FLUX, QWEN_IMAGE, Z_IMAGE, PIXART, WAN, GENERIC)
-FAMILIES: dict[str, Family] = {f.name: f for f in _ORDER if f is not FLUX_SCHNELL}
+_ORDER = (SDXL, SD15, SD2, SHAPES, SD3, FLUX2, FLUX_SCHNELL, FLUX, QWEN_IMAGE, Z_IMAGE, PIXART, WAN, GENERIC)
+FAMILIES: dict[str, Family] = {f.name: f for f in _ORDER if f not in (FLUX_SCHNELL, SHAPES)}
 
 __all__ = [
     "FAMILIES",

@@ -78,6 +78,16 @@ SD3 = Family(
 )
 
 
+SHAPES_WIDTH = 192  # the embedded world's teacher
+
+
+def _is_shapes(seen: Names) -> bool:
+    return seen.has(r"joint_blocks_\d+_") and seen.width(r"joint_blocks_\d+_x_block_attn_qkv$") == SHAPES_WIDTH
+
+
+SHAPES = replace(SD3, title="Shapes (SD3 layout)", recognises=_is_shapes, cfg=(2.0, 2.0))
+
+
 # --- Qwen-Image -------------------------------------------------------------------------------------------------------
 
 QWEN_WIDTH = 3072

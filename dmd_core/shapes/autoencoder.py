@@ -9,9 +9,9 @@ CHANNELS = 16
 FACTOR = 8  # pixels per latent pixel
 FULL = 64  # channels of every layer in the layout
 
-# ComfyUI's Flux latent format maps a latent to (latent - shift) * scale before the model. Dividing by the same scale
+# ComfyUI's SD3 latent format maps a latent to (latent - shift) * scale before the model. Dividing by the same scale
 # and adding the same shift here makes what the model sees exactly the encoder's output: about mean 0, std 1.
-VAE_SCALE, VAE_SHIFT = 0.3611, 0.1159
+VAE_SCALE, VAE_SHIFT = 1.5305, 0.0609
 
 # The layout fixes 64 channels and twenty residual blocks. Flat shapes need fewer: channels beyond these widths are zero
 # in the file, blocks not named here have zero weights, and a zero block computes relu(x + 0). So we run the small net.

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .. import shapes
 from ..trainstate import TrainState, save_atomic
-from . import autoencoder, stages
+from . import autoencoder, stages, teacher
 
 # name: (steps, seed), in the order in which each needs the ones before
 PROCESSES = 2
 RUN = "teacher_run"
-STAGES = {"autoencoder": (6100, 11), "recogniser": (4800, 12), "text": (1500, 13), "teacher": (5200, 14)}
+STAGES = {"autoencoder": (6100, 11), "recogniser": (4800, 12), "text": (1500, 13), "teacher": (18000, 14)}
 log = logging.getLogger(__name__)
 
 
@@ -66,7 +66,8 @@ def _teacher_process(rank: int, out: Path, steps: int, seed: int, meeting: str) 
     saved = out / RUN / "state.safetensors"
 
     def keep(state: TrainState) -> None:
-        save(state.ema["student"], path(out, shapes.TEACHER), "Shapes teacher (Flux-schnell layout)", state.step, seed)
+        weights = state.ema["student"] | {"pos_embed": teacher.positions(teacher.HEAD * teacher.DEPTH)}
+        save(weights, path(out, shapes.TEACHER), "Shapes teacher (SD3 layout)", state.step, seed)
         state.save(saved)
 
     vae = shapes.load_autoencoder(path(out, shapes.AUTOENCODER))

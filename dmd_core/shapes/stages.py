@@ -46,7 +46,7 @@ def fit(
 
 def views(n: int, rng: torch.Generator, textured: float) -> Tensor:
     """Mostly whole pictures; a quarter are pieces of ones twice as large that show some of an object. [n 3 64 64]"""
-    scene, size = world.sample(n // 4, rng, textured=textured), world.CANVAS
+    scene, size = world.sample_wide(n // 4, rng, textured=textured), world.CANVAS
     images = world.render(scene, 2 * size)
     slot = (torch.rand(len(scene), generator=rng) * scene.count).long()
     rows = torch.arange(len(scene))
@@ -58,7 +58,7 @@ def views(n: int, rng: torch.Generator, textured: float) -> Tensor:
 
     corners = zip(images, start(scene.y), start(scene.x), strict=True)
     pieces = [image[:, top : top + size, left : left + size] for image, top, left in corners]
-    return torch.cat([world.render(world.sample(n - n // 4, rng, textured=textured)), torch.stack(pieces)])
+    return torch.cat([world.render(world.sample_wide(n - n // 4, rng, textured=textured)), torch.stack(pieces)])
 
 
 def train_autoencoder(steps: int, seed: int) -> Autoencoder:
@@ -90,13 +90,13 @@ def train_recogniser(autoencoder: Autoencoder, steps: int, seed: int) -> Recogni
     rng = torch.Generator().manual_seed(seed)
     model = Recogniser()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pool = world.sample(8192, rng, textured=0.3)
+    pool = world.sample_wide(8192, rng, textured=0.3)
     passed = torch.cat([_round_trip(autoencoder, pool.take(part)) for part in torch.arange(len(pool)).split(64)])
     log.info("recogniser: %d pictures went through the autoencoder", len(pool))
 
     def loss(step: int) -> Tensor:
         if step % 2:
-            scene = world.sample(64, rng, textured=0.3)
+            scene = world.sample_wide(64, rng, textured=0.3)
             images = world.render(scene)
         else:
             index = torch.randint(len(pool), (64,), generator=rng)
@@ -182,14 +182,15 @@ def train_teacher(
     """
     torch.manual_seed(seed)
     model = teacher.initialise(teacher.Teacher())
-    config = RectifiedFlowConfig(lr=1.5e-3, betas=(0.9, 0.99), ema=0.999)
+    # against the schedule's shift of 3: most of a small picture's geometry is decided around sigma 0.6
+    config = RectifiedFlowConfig(lr=1.5e-3, betas=(0.9, 0.99), ema=0.999, logit_mean=-0.7)
     objective = RectifiedFlow(teacher.denoiser(model), dict(model.named_parameters()), config)
     loop = TrainConfig(steps=steps, seed=seed + rank, warmup=300, cooldown=0.6, precision="bf16")
     state = TrainState(objective, loop)
     if saved.exists():
         # every process but the first has another seed, hence another hash
         state.load(saved, allow_other_config=True)
-    batches = Latents(autoencoder, encoder, batch=32, seed=seed + 100 * rank, chunk=4096, reuse=4)
+    batches = Latents(autoencoder, encoder, batch=32, seed=seed + 100 * rank, chunk=4096, reuse=8)
     average = 1.0
     reduce = average_gradients if dist.is_initialized() else None
     for report in train(objective, batches, loop, state, reduce):

@@ -1,8 +1,7 @@
-"""The teacher: a transformer in the Flux-schnell layout, under the parameter names that ComfyUI uses."""
+"""The teacher: a transformer in the Stable Diffusion 3 layout, under the parameter names that ComfyUI uses."""
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,192 +13,174 @@ from ..denoiser import NetDenoiser, Prediction
 from ..schedule import Flow
 
 CHANNELS = 16
-AXES = (16, 56, 56)  # rotary dimensions: unused index, row, column. ComfyUI fixes these, hence heads of 128
-HEAD = sum(AXES)
-WIDTH, DOUBLE, SINGLE, MLP = 128, 2, 4, 4
+HEAD = 64  # the layout fixes it, and as many heads as blocks: three blocks are 192 wide
+DEPTH, MLP = 3, 4
 TEXT, POOLED = 64, 64
-SCHEDULE = Flow(shift=1.0)  # what ComfyUI gives a Flux without guidance embedding
+GRID = 16  # tokens across the largest canvas: 256 pixels
+SCHEDULE = Flow(shift=3.0)  # what ComfyUI gives an SD3
 
 
 def times(t: Tensor, size: int = 256) -> Tensor:
-    """Sinusoids of t in 0..1, scaled as Flux does. [b size]"""
+    """Sinusoids of t in 0..1. [b size]"""
     half = size // 2
     rates = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     phase = 1000 * t.float()[:, None] * rates
     return torch.cat([phase.cos(), phase.sin()], -1).to(t.dtype)
 
 
-def rotation(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary positions. ids: [n 3] -> two of [n 64]"""
-    angles = []
-    for axis, size in enumerate(AXES):
-        rates = 1 / 10000 ** (torch.arange(0, size, 2, device=ids.device, dtype=torch.float64) / size)
-        angles.append(ids[:, axis, None].double() * rates)
-    angle = torch.cat(angles, -1)
-    return angle.cos().float(), angle.sin().float()
+def positions(width: int, grid: int = GRID) -> Tensor:
+    """Sinusoids of column and row for every token of the largest canvas; smaller ones take its middle. [1 n width]"""
+    rates = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    phase = torch.arange(grid, dtype=torch.float64)[:, None] * rates
+    waves = torch.cat([phase.sin(), phase.cos()], -1).float()
+    column, row = waves[None].expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)
+    return rearrange(torch.cat([column, row], -1), "h w c -> 1 (h w) c")
 
 
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Neighbouring pairs of the last axis [b h n d] turned by their angle."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = turn
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+class PatchEmbed(nn.Module):
+    """Two by two latent pixels make a token."""
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    # written out: for some eighty tokens the fused kernel's backward costs a CPU four times as much
-    scores = rotate(q, turn).to(v.dtype) @ rotate(k, turn).to(v.dtype).transpose(-1, -2) * HEAD**-0.5
-    return rearrange(scores.softmax(-1).to(v.dtype) @ v, "b h n d -> b n (h d)")
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(size))
+        self.proj = nn.Conv2d(CHANNELS, width, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.scale.float(), eps=1e-6)
-
-
-class QKNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.query_norm, self.key_norm = RMSNorm(HEAD), RMSNorm(HEAD)
-
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, d=HEAD)
-        return self.query_norm(q), self.key_norm(k), v
+        return rearrange(self.proj(x), "b c h w -> b (h w) c")
 
 
 class Embedder(nn.Module):
     def __init__(self, size: int, width: int):
         super().__init__()
-        self.in_layer, self.out_layer = nn.Linear(size, width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
+        return self.mlp(x)
 
 
-class Modulation(nn.Module):
-    """Shift, scale and gate per sub-layer from the vector of time and pooled text."""
-
-    def __init__(self, width: int, groups: int):
-        super().__init__()
-        self.groups = groups
-        self.lin = nn.Linear(width, groups * width)
-
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(F.silu(vector))[:, None].chunk(self.groups, -1)
+def modulation(width: int, groups: int) -> nn.Sequential:
+    """Shifts, scales and gates from the vector of time and pooled text."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, groups * width))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
 class Attention(nn.Module):
+    """Only the projections: picture and text meet between them."""
+
+    def __init__(self, width: int, proj: bool = True):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        if proj:
+            self.proj = nn.Linear(width, width)
+
+
+class Mlp(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.qkv, self.norm, self.proj = nn.Linear(width, 3 * width), QKNorm(), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, MLP * width), nn.Linear(MLP * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def mlp(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, MLP * width), nn.GELU(approximate="tanh"), nn.Linear(MLP * width, width))
+class Stream(nn.Module):
+    """One side of a joint block; nobody reads the text after the last block, so there it gives keys and values only."""
+
+    def __init__(self, width: int, last: bool = False):
+        super().__init__()
+        self.attn = Attention(width, proj=not last)
+        self.adaLN_modulation = modulation(width, 2 if last else 6)
+        if not last:
+            self.mlp = Mlp(width)
+
+    def before(self, x: Tensor, vector: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        shift, scale, *rest = self.adaLN_modulation(vector).split(x.shape[-1], -1)
+        return self.attn.qkv(modulate(x, shift, scale)), tuple(rest)
+
+    def after(self, x: Tensor, seen: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
+        gate, shift, scale, gate_mlp = rest
+        x = x + gate[:, None] * self.attn.proj(seen)
+        return x + gate_mlp[:, None] * self.mlp(modulate(x, shift, scale))
 
 
-class DoubleBlock(nn.Module):
+class JointBlock(nn.Module):
     """Picture and text keep their own weights and meet in one attention."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, last: bool):
         super().__init__()
-        self.img_mod, self.txt_mod = Modulation(width, 6), Modulation(width, 6)
-        self.img_attn, self.txt_attn = Attention(width), Attention(width)
-        self.img_mlp, self.txt_mlp = mlp(width), mlp(width)
+        self.context_block, self.x_block = Stream(width, last), Stream(width)
+        self.last = last
 
-    def forward(self, img: Tensor, txt: Tensor, vector: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        i, t = self.img_mod(vector), self.txt_mod(vector)
-        text = self.txt_attn.norm(self.txt_attn.qkv(modulate(txt, t[0], t[1])))
-        image = self.img_attn.norm(self.img_attn.qkv(modulate(img, i[0], i[1])))
-        q, k, v = (torch.cat(pair, 2) for pair in zip(text, image, strict=True))
-        seen = attend(q, k, v, turn)
-        img = img + i[2] * self.img_attn.proj(seen[:, txt.shape[1] :])
-        txt = txt + t[2] * self.txt_attn.proj(seen[:, : txt.shape[1]])
-        img = img + i[5] * self.img_mlp(modulate(img, i[3], i[4]))
-        return img, txt + t[5] * self.txt_mlp(modulate(txt, t[3], t[4]))
+    def forward(self, text: Tensor, image: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+        said, text_rest = self.context_block.before(text, vector)
+        shown, image_rest = self.x_block.before(image, vector)
+        seen = attend(torch.cat([said, shown], 1))
+        if not self.last:
+            text = self.context_block.after(text, seen[:, : text.shape[1]], text_rest)
+        return text, self.x_block.after(image, seen[:, text.shape[1] :], image_rest)
 
 
-class SingleBlock(nn.Module):
-    """Attention and MLP side by side on the joined sequence."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear1 = nn.Linear(width, (3 + MLP) * width)
-        self.linear2 = nn.Linear((1 + MLP) * width, width)
-        self.norm, self.modulation = QKNorm(), Modulation(width, 3)
-
-    def forward(self, x: Tensor, vector: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        shift, scale, gate = self.modulation(vector)
-        width = x.shape[-1]
-        qkv, hidden = self.linear1(modulate(x, shift, scale)).split([3 * width, MLP * width], -1)
-        q, k, v = self.norm(qkv)
-        seen = attend(q, k, v, turn)
-        return x + gate * self.linear2(torch.cat([seen, F.gelu(hidden, approximate="tanh")], -1))
+def attend(qkv: Tensor) -> Tensor:
+    # written out: for some thirty tokens the fused kernel's backward costs a CPU four times as much
+    q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, d=HEAD)
+    scores = q @ k.transpose(-1, -2) * HEAD**-0.5
+    return rearrange(scores.softmax(-1).to(v.dtype) @ v, "b h n d -> b n (h d)")
 
 
 class FinalLayer(nn.Module):
     def __init__(self, width: int, size: int):
         super().__init__()
         self.linear = nn.Linear(width, size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = modulation(width, 2)
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vector)[:, None].chunk(2, -1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(modulate(x, *self.adaLN_modulation(vector).chunk(2, -1)))
 
 
 class Teacher(nn.Module):
     """x [b 16 h w], t [b] in 0..1, tokens [b n 64], pooled [b 64] -> flow eps - x0, like x. h and w are even."""
 
-    def __init__(self, width: int = WIDTH, double: int = DOUBLE, single: int = SINGLE):
+    pos_embed: Tensor
+
+    def __init__(self, depth: int = DEPTH):
         super().__init__()
-        self.img_in, self.txt_in = nn.Linear(4 * CHANNELS, width), nn.Linear(TEXT, width)
-        self.time_in, self.vector_in = Embedder(256, width), Embedder(POOLED, width)
-        self.double_blocks = nn.ModuleList(DoubleBlock(width) for _ in range(double))
-        self.single_blocks = nn.ModuleList(SingleBlock(width) for _ in range(single))
+        width = HEAD * depth
+        self.x_embedder, self.context_embedder = PatchEmbed(width), nn.Linear(TEXT, width)
+        self.t_embedder, self.y_embedder = Embedder(256, width), Embedder(POOLED, width)
+        self.joint_blocks = nn.ModuleList(JointBlock(width, last=i == depth - 1) for i in range(depth))
         self.final_layer = FinalLayer(width, 4 * CHANNELS)
+        self.register_buffer("pos_embed", positions(width))
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] % 2 or x.shape[3] % 2:
+        if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] % 2 or x.shape[3] % 2 or max(x.shape[2:]) > 2 * GRID:
             raise ValueError(
-                f"latent is {list(x.shape)}; the shapes teacher takes [b 16 h w], h and w even (pixels / 8)"
+                f"latent is {list(x.shape)}; the shapes teacher takes [b 16 h w], h and w even (pixels / 8), "
+                f"at most {2 * GRID}"
             )
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        img = self.img_in(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2))
-        txt = self.txt_in(tokens.to(x.dtype))
-        vector = self.time_in(times(t).to(x.dtype)) + self.vector_in(pooled.to(x.dtype))
-        turn = rotation(positions(rows, columns, txt.shape[1], x.device))
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vector, turn)
-        joined = torch.cat([txt, img], 1)
-        for block in self.single_blocks:
-            joined = block(joined, vector, turn)
-        out = self.final_layer(joined[:, txt.shape[1] :], vector)
-        return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
+        image = self.x_embedder(x) + self.places(rows, columns).to(x.dtype)
+        text = self.context_embedder(tokens.to(x.dtype))
+        vector = self.t_embedder(times(t).to(x.dtype)) + self.y_embedder(pooled.to(x.dtype))
+        for block in self.joint_blocks:
+            text, image = block(text, image, vector)
+        out = self.final_layer(image, vector)
+        return rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=2, q=2)
 
-
-def positions(rows: int, columns: int, text: int, device: Any) -> Tensor:
-    """Text tokens at the origin, then the picture row by row. [n 3]"""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    grid = torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
-    return torch.cat([torch.zeros(text, 3, dtype=torch.long), grid]).to(device)
+    def places(self, rows: int, columns: int) -> Tensor:
+        top, left = (GRID - rows) // 2, (GRID - columns) // 2
+        table = rearrange(self.pos_embed, "1 (h w) c -> 1 h w c", h=GRID)
+        return table[:, top : top + rows, left : left + columns].flatten(1, 2)
 
 
 def initialise(model: Teacher) -> Teacher:
     """Every residual branch and the output start at zero (DiT's adaLN-zero)."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        if name.endswith((".lin", "adaLN_modulation.1", "final_layer.linear")):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            module.bias.data.zero_()  # type: ignore[union-attr]  # every layer here has one
+        if name.endswith(("adaLN_modulation.1", "final_layer.linear")):
             nn.init.zeros_(module.weight)
     return model
 

@@ -28,6 +28,10 @@ CANVAS = 64  # pixels: 16 tokens, which a small teacher masters in half an hour
 
 # Lengths are in half canvases (the canvas spans -1..1), angles in radians. A word is only said of a scene that
 # shows it clearly, and only counts as shown beyond the middle between it and its opposite.
+#
+# Wide scenes fill every range evenly: the autoencoder and the recogniser are trained on them, so that they also serve
+# what lies between two words. The teacher's scenes are clear ones: each factor lies in the part that a word names,
+# which a small network learns sooner.
 RADIUS = (0.30, 0.54)
 SMALL, LARGE, SIZE_SPLIT = 0.37, 0.47, 0.42
 PLACE = 0.40  # centres of single objects lie in -PLACE..PLACE
@@ -36,7 +40,17 @@ TILT = math.radians(28)  # below 36 degrees, where a star looks the same again
 TILTED, STRAIGHT, TILT_SPLIT = math.radians(19), math.radians(5), math.radians(12)
 LIGHT, DARK, LIGHT_SPLIT = (0.76, 0.97), (0.03, 0.17), 0.5
 PAIR_RADIUS = (0.27, 0.36)
-PAIR_SHARE = 0.20
+PAIR_SHARE, WIDE_PAIR_SHARE = 0.10, 0.20
+CLEAR = {
+    "small": (0.33, SMALL),
+    "large": (0.48, 0.54),
+    "aside": (0.24, 0.36),
+    "tilted": (TILTED, TILT),
+    "straight": (-math.radians(4), math.radians(4)),
+    "light": (0.86, 0.95),
+    "dark": (0.05, 0.14),
+    "pair": (0.31, 0.36),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +74,36 @@ class Scene:
         return Scene(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
-def sample(n: int, rng: torch.Generator, pairs: float = PAIR_SHARE, textured: float = 0.0) -> Scene:
-    """n random scenes: a share `pairs` with two objects, a share `textured` of single ones striped or dotted."""
+def sample(n: int, rng: torch.Generator, pairs: float = PAIR_SHARE) -> Scene:
+    """n clear scenes, as the teacher knows them: a share `pairs` with two objects, none textured."""
+
+    def within(part: str, *shape: int) -> Tensor:
+        low, high = CLEAR[part]
+        return low + (high - low) * torch.rand(n, *shape, generator=rng)
+
+    def either(first: Tensor, second: Tensor) -> Tensor:
+        return torch.where(torch.rand(first.shape, generator=rng) < 0.5, first, second)
+
+    two = torch.rand(n, generator=rng) < pairs
+    pair = two[:, None]
+    x, y = (either(within("aside", 2), -within("aside", 2)) for _ in range(2))
+    beside = torch.tensor([-0.48, 0.48]) + 0.04 * (2 * torch.rand(n, 2, generator=rng) - 1)
+    straight = within("straight", 2)
+    return Scene(
+        count=1 + two.long(),
+        shape=torch.randint(len(SHAPES), (n, 2), generator=rng),
+        colour=torch.randint(len(COLOURS), (n, 2), generator=rng),
+        texture=torch.zeros(n, 2, dtype=torch.long),
+        radius=torch.where(pair, within("pair", 2), either(within("small", 2), within("large", 2))),
+        x=torch.where(pair, beside, x),
+        y=torch.where(pair, 0.4 * y, y),
+        angle=torch.where(pair, straight, either(straight, within("tilted", 2))),
+        light=either(within("light"), within("dark")),
+    )
+
+
+def sample_wide(n: int, rng: torch.Generator, pairs: float = WIDE_PAIR_SHARE, textured: float = 0.0) -> Scene:
+    """n scenes over all of every range: a share `textured` of single objects is striped or dotted."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=rng)
