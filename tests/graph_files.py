@@ -253,8 +253,8 @@ def api_of(ui: Mapping[str, Any], schemas: Schemas) -> Api:
             raise ValueError(f"{node['type']} is no node of the core or of this pack")
         linked = {i["name"]: links[i["link"]] for i in node.get("inputs", []) if i.get("link") is not None}
         values = dict(_positional(schema, node.get("widgets_values") or []))
-        order = [name for name, *_ in inputs_of(schema, values)]
         both = {**values, **linked}
+        order = [name for name, *_ in inputs_of(schema, both)]
         api[str(node["id"])] = {"class_type": node["type"], "inputs": {k: both[k] for k in order if k in both}}
     return dict(sorted(api.items(), key=lambda item: int(item[0])))
 

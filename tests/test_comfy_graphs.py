@@ -58,7 +58,7 @@ def with_standins(api):
 SLIDER = {"steps": 2, "size": 64, "pool": 8, "seeds": 4, "batch": 1, "sample_steps": 0, "checkpointing": False}
 SHORT = {
     "DMD_Distill": {
-        **{"mode": "train", "updates": 2, "size": 64, "accumulate": 1, "count": 2, "teacher_steps": 2},
+        **{"mode": "train", "updates": 2, "size": 64, "accumulate": 2, "count": 2, "teacher_steps": 2},
         **{"pairs": 2, "pair_steps": 2, "check_teacher": False},
     },
     "DMD_TrainSlider": SLIDER,
@@ -118,7 +118,7 @@ else:
         """As a user goes on after the plan, but for two updates of little."""
         api = with_standins(REAL[name])
         for node in training(api):
-            node["inputs"].update(SHORT[node["class_type"]])
+            node["inputs"].update(SHORT[node["class_type"]], run_name=f"{node['inputs']['run_name']} short")
         for key, node in api.items():
             if node["class_type"] == "LoadImage":  # pictures that differ: from equal ones nothing can be learnt
                 node["inputs"]["image"] = f"{key}.png"
