@@ -1,6 +1,7 @@
 """What looks at the pictures: a CLIP_VISION (DINOv2 too), or the model's own features where none is wired."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..dmd_core.families import Family
 from ..dmd_core.sliders import own_features
-from .comfy_autograd import own_weights
+from .comfy_autograd import KeepInputs, own_weights
 from .comfy_source import NativeTeacher
 
 ENCODERS = ("clip_vision_model", "siglip_vision_model", "dinov2")  # whose attention has a backward on every device
@@ -46,19 +47,23 @@ def clip_eyes(teacher: NativeTeacher, clip_vision: Any, vae: Any) -> Eyes:
         )
 
     def load() -> None:
-        mm.load_models_gpu([vae.patcher, clip_vision.patcher, teacher.patcher])
-        teacher.load()
-        for net in (vae.first_stage_model, clip_vision.model):
+        """All three at once, and again when one was pushed out."""
+        wanted, present = [vae.patcher, clip_vision.patcher, teacher.patcher], mm.loaded_models()
+        if not all(any(p is q for q in present) for p in wanted):
+            mm.load_models_gpu(wanted)
+            teacher.load()
+        for net in (vae.first_stage_model, clip_vision.model):  # a preview may have loaded it in inference mode
             own_weights(net, next(net.parameters()).device)
             net.requires_grad_(False)
 
     def embed(latents: Tensor) -> Tensor:
         load()
         samples = teacher.latent_out(latents).to(vae.device, vae.vae_dtype)
-        pictures = vae.first_stage_model.decode(samples)
-        pictures = pictures[:, :, 0] if pictures.ndim == 5 else pictures  # of a video, the first frame
-        seen = prepared(vae.process_output(pictures.float().clone()), clip_vision).to(clip_vision.load_device)
-        out = clip_vision.model(pixel_values=seen, intermediate_output=-2)
+        with KeepInputs() if torch.is_grad_enabled() else nullcontext():  # image encoders add in place
+            pictures = vae.first_stage_model.decode(samples)
+            pictures = pictures[:, :, 0] if pictures.ndim == 5 else pictures  # of a video, the first frame
+            seen = prepared(vae.process_output(pictures.float().clone()), clip_vision).to(clip_vision.load_device)
+            out = clip_vision.model(pixel_values=seen, intermediate_output=-2)
         return F.normalize(out[2].float(), dim=1).to(latents.device)
 
     return Eyes(embed, f"{clip_vision.model_type.replace('_model', '')}, {clip_vision.image_size} pixels")
