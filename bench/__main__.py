@@ -1,6 +1,5 @@
 """python -m bench TABLE | all | cuda | page, from the repository's root. One command per table."""
 
-import json
 import sys
 
 import torch
@@ -27,10 +26,6 @@ def make(name: str):
 def main(args: list[str]) -> None:
     torch.set_num_threads(1)
     match args:
-        case ["peak", name, side, batch]:
-            from .training import peak
-
-            print(json.dumps(peak(name, side, int(batch))))
         case ["work"]:
             from .processes import work
 

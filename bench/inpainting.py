@@ -7,7 +7,7 @@ from pathlib import Path
 from .record import NOT_RUN, Table
 
 ROOT = Path(__file__).parents[1]
-SHARES = (0.01, 0.04, 0.10, 0.19, 0.25, 0.50, 0.80)
+SHARES = (0.04, 0.10, 0.25, 0.50, 0.80)
 
 
 def on_cpu(rounds: int = 3) -> Table:

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 import nodes as stock  # noqa: E402
 
-TEXT, SIDE, STEPS, FAMILY = 64, 64, 2, "flux_bench"  # tokens, latent cells, steps
+TEXT, SIDE, STEPS, FAMILY = 64, 48, 2, "flux_bench"  # tokens, latent cells, steps
 
 
 def record():

@@ -54,7 +54,7 @@ def row(what: str, base: str, python: str, before: str, after: str, env: dict, c
     return {"what": what, "over": base, "time": round(time, 3), "memory": round(memory, 3), "MiB": mib}
 
 
-def on_cpu(rounds: int = 5) -> Table:
+def on_cpu(rounds: int = 3) -> Table:
     table = Table(
         "start",
         "Start",
