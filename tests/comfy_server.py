@@ -25,6 +25,14 @@ PICTURE = "example.png"
 class Server:
     url: str
     base: Path
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """What it has computed so far, on however busy a machine."""
+        import psutil  # ComfyUI needs it too
+
+        used = psutil.Process(self.pid).cpu_times()
+        return float(used.user + used.system)
 
     @property
     def log(self) -> str:
@@ -94,7 +102,7 @@ def serving(base: Path, *flags: str) -> Iterator[Server]:
     with open(base / "server.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
-        server = Server(f"http://127.0.0.1:{port}", base)
+        server = Server(f"http://127.0.0.1:{port}", base, process.pid)
         wait_for(server, process)
         yield server
     finally:

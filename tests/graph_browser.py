@@ -1,6 +1,7 @@
 """Graphs in the real frontend, in Chromium: API form -> what a user opens, and back."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +14,14 @@ from graph_files import Api, Layout
 
 GAP, COLUMN_GAP, GROUP_GAP = 64, 40, 60  # between nodes, columns and groups; a node's title stands in the first
 PAD, HEADER = 20, 84  # inside of a group: at its sides, above its first node's body
-NOTE_WIDTH, NOTE_LINE, NOTE_CHARACTERS = 460, 23, 56
-VIEW = {"width": 1600, "height": 1000}
+NOTE_WIDTH, NOTE_LINE, NOTE_CHARACTERS, PARAGRAPH = 460, 18, 70, 12
+VIEW = {"width": 2000, "height": 1100}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # a first start greets with a tour
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text stays text when a whole graph is looked at
+    "Comfy.Minimap.Visible": False,
+}
 READY = "window.app && window.app.graph && Object.keys(window.LiteGraph?.registered_node_types || {}).length > 100"
 LOAD_API = """async (spec) => {
     await app.loadApiJson(spec.api, spec.name);
@@ -110,8 +117,7 @@ def chromium() -> str | None:
 def browsing(server: Server) -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
-    # a first start greets with a tour
-    for name, value in (("Comfy.TutorialCompleted", True), ("Comfy.Workflow.ShowMissingModelsWarning", False)):
+    for name, value in SETTINGS.items():
         server.post(f"/settings/{name}", value)
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
@@ -151,7 +157,7 @@ def boxes(layout: Layout, sizes: Mapping[str, list[float]]) -> dict[str, Any]:
         box = [left, -HEADER, right - left, bottom + HEADER + PAD]
         groups.append({"title": group["title"], "box": box})
         left = right + GROUP_GAP
-    lines = sum(1 + len(line) // NOTE_CHARACTERS for line in layout.note.splitlines())
-    height = 80 + NOTE_LINE * lines
+    parts = re.split(r"\n\n|\n(?=- )", layout.note)
+    height = 80 + sum(NOTE_LINE * (1 + len(part) // NOTE_CHARACTERS) + PARAGRAPH for part in parts)
     note = {"text": layout.note, "box": [-NOTE_WIDTH - GROUP_GAP, -HEADER + 40, NOTE_WIDTH, height]}
     return {"nodes": nodes, "groups": groups, "note": note}

@@ -62,6 +62,24 @@ else:
                 assert found[0] == 200
                 assert found[1] > 500
 
+    FOLDED = """() => {
+        const node = app.graph.nodes.find(n => n.type === 'DMD_MixSliders');
+        const count = () => node.getLayoutWidgets().length;
+        const before = [count(), node.size[1]];
+        node.toggleAdvanced();
+        return [...before, count(), node.size[1], node.widgets.length];
+    }"""
+
+    def test_advanced_inputs_are_folded_away_until_they_are_asked_for(browser):
+        """On the classic canvas too, which shows them all by itself; the values stay in the prompt."""
+        name = "Mix eight sliders"
+        browser.opened(graph_files.read_ui(name))
+        few, low, many, high, every = browser.page.evaluate(FOLDED)
+        assert few < 30
+        assert many == every
+        assert low < high
+        assert graph_files.plain(browser.prompt()) == graph_files.plain(graph_files.read_api(name))
+
     @pytest.mark.parametrize("change", ["renamed node", "wrong value", "missing link"])
     def test_a_broken_graph_is_told(browser, change):
         name = "SDXL DMD2 in 4 steps"
