@@ -137,13 +137,16 @@ def lora_files(source: Mapping[str, Any]) -> Iterator[tuple[Evidence, frozenset[
         if isinstance(value, Mapping):  # rows of a stack: {"on": true, "lora": "x.safetensors", "strength": 1}
             name, strength = value.get("lora"), value.get("strength", 1.0) if value.get("on", True) else 0.0
         else:
-            name, strength = (value, strength_beside(inputs, key)) if "lora" in key.lower() else (None, 0.0)
+            is_file = "lora" in key.lower() or key.startswith("slider_")  # rows of Mix Sliders take any LoRA
+            name, strength = (value, strength_beside(inputs, key)) if is_file else (None, 0.0)
         if isinstance(name, str) and name in present:
             yield lora_file(name, strength)
 
 
 def strength_beside(inputs: Mapping[str, Any], key: str) -> float:
     number = "".join(re.findall(r"\d+", key))
+    if number and inputs.get(f"on_{number}") is False:
+        return 0.0
     names = [f"{n}_{number}" for n in ("strength", "strength_model", "model_str")] if number else []
     for other in (*names, "strength_model", "strength"):
         if isinstance(inputs.get(other), int | float):

@@ -32,6 +32,7 @@ else:
     timing = comfy_host.pack_module("nodes.slider_timing")
     comfy_denoiser = comfy_host.pack_module("nodes.comfy_denoiser")
     doctor = comfy_host.pack_module("nodes.doctor")
+    evidence = comfy_host.pack_module("nodes.evidence")
     grid = comfy_host.pack_module("nodes.grid")
     instant = comfy_host.pack_module("nodes.instant_slider")
     sliders = comfy_host.pack_module("dmd_core.sliders")
@@ -256,6 +257,13 @@ else:
         again = mix.rows_of(given | {"on_1": False}, None, 1.0, 0.5, 3)
         assert [r.strength for r in again] == [second[3]], "another row changes this one's draw"
 
+    def test_a_few_step_lora_in_a_row_is_still_known_by_its_name(shelf):
+        model = comfy_tiny.patcher("flux")
+        one, two = (files.write(shelf, f"s{i}", model, i).name for i in range(2))
+        folder_paths.filename_list_cache.clear()
+        found = list(evidence.lora_files({"inputs": rows((one, 0.5), (two, 1.0, {"on": False}))}))
+        assert [(e.name, e.strength) for e, _ in found] == [(one, 0.5), (two, 0.0)]
+
     def test_entries_of_a_set_are_chosen_by_number(shelf):
         model = comfy_tiny.patcher("flux")
         made = [files.write(shelf, f"s{i}", model, i) for i in range(2)]
@@ -269,14 +277,21 @@ else:
 
     # --- other people's files -----------------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("name", ["sd15_eps", "sdxl", "flux"])
-    @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
-    def test_published_sliders_load_in_full(name, ending, shelf, caplog):
+    @pytest.mark.parametrize(
+        ("name", "ending", "preset"),
+        [
+            ("sd15_eps", ".pt", "all"),  # with convolutions, as Concept Sliders train them by default
+            ("sdxl", ".safetensors", "kv"),
+            ("flux", ".pt", "attention"),
+            ("flux", ".safetensors", "attention"),
+        ],
+    )
+    def test_published_sliders_load_in_full(name, ending, preset, shelf, caplog):
         """UNets as they are; Flux in the spelling that ComfyUI drops without an error."""
         model = comfy_tiny.patcher(name)
-        found = files.state(model)
+        found = files.state(model, preset=preset)
         file = files.write_baulab(shelf / f"published{ending}", model, found)
-        wanted = draw(name, stock(model, (files.write(shelf, "ours", model), 1.0)))
+        wanted = draw(name, stock(model, (files.write(shelf, "ours", model, preset=preset), 1.0)))
         assert not torch.allclose(wanted, draw(name, model), rtol=1e-3, atol=1e-3)
         for widgets in ({}, {"end_step": 100}):  # in the weights, and while sampling
             got, report = mixed(model, (file, 1.0, widgets))
