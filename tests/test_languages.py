@@ -145,3 +145,11 @@ def test_control_a_page_that_skips_an_input_is_seen():
 
 def test_there_is_no_page_of_a_node_that_does_not_exist():
     assert {p.stem for p in HELP.glob("*.md")} <= set(golden())
+
+
+def test_what_trains_keeps_its_seed_between_queues():
+    """The frontend rolls inputs called seed after every run unless it is told; a run of another seed does not go on."""
+    for node, schema in golden().items():
+        if "run_name" in schema["input"]["required"]:
+            (seed,) = [spec for name, spec in walk(schema["input"]) if name == "seed"]
+            assert seed[1]["control_after_generate"] == "fixed", node
