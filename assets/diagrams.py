@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "nodes" / "web" / "docs"
 PAPER, INK, FAINT = "#ffffff", "#222222", "#c9ced8"
 BLUE, ORANGE, GREEN, GREY = "#1f5fbf", "#e07b1a", "#2f9e55", "#8a93a3"
+WIDE = 400  # pixels; the panel that shows them is narrow
 
 
 def load_engine() -> None:
@@ -64,6 +65,12 @@ def axis(y: float, left: float, right: float) -> str:
     return f'<line x1="{left}" y1="{y}" x2="{right}" y2="{y}" stroke="{FAINT}" stroke-width="2"/>'
 
 
+def levels_row(y: float, steps: list[float], left: float, right: float, colours: list[str]) -> list[str]:
+    places = [left + (999 - t) / 999 * (right - left) for t in steps]
+    dots = [f'<circle cx="{x:.1f}" cy="{y}" r="7" fill="{c}"/>' for x, c in zip(places, colours, strict=True)]
+    return [axis(y, left, right), *dots]
+
+
 def few_step() -> str:
     """Where ComfyUI's schedulers put four steps, and where DMD2 was trained."""
     from dmd_core.families import SDXL
@@ -71,20 +78,17 @@ def few_step() -> str:
 
     trained = list(SDXL.timesteps(4))
     shown = [n for n in ("simple", "sgm_uniform", "normal", "karras", "beta", "ddim_uniform") if n in stock_grids()]
-    rows = [("trained on", trained), *((n, stock_grids()[n]) for n in shown)]
-    left, right, gap = 130, 690, 34
+    left, right, gap = 120, WIDE - 20, 32
     parts = [text(left, 24, "noise", colour=GREY), text(right, 24, "image", "end", GREY)]
-    for i, (name, steps) in enumerate(rows):
-        y = 52 + i * gap
+    for i, (name, steps) in enumerate([("trained on", trained), *((n, stock_grids()[n]) for n in shown)]):
+        y = 50 + i * gap
         hit = all(min(abs(t - s) for s in trained) <= 2 for t in steps)
         colour = BLUE if i == 0 else GREEN if hit else ORANGE
-        parts += [text(left - 14, y + 5, name, "end"), axis(y, left, right)]
-        for t in steps:
-            x = left + (999 - t) / 999 * (right - left)
-            parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="7" fill="{colour}"/>')
-    height = 52 + len(rows) * gap + 8
-    words = "Timesteps of 4 steps on SDXL. Blue: DMD2's own. Green schedulers meet them, orange ones do not."
-    return svg(720, height + 18, [*parts, text(20, height + 4, words, colour=GREY, size=12)])
+        parts += [text(left - 14, y + 5, name, "end"), *levels_row(y, steps, left, right, [colour] * len(steps))]
+    y = 50 + (len(shown) + 1) * gap
+    parts.append(text(10, y, "Timesteps of 4 steps on SDXL. Blue: DMD2's own.", colour=GREY))
+    parts.append(text(10, y + 20, "Green schedulers meet them, orange ones do not.", colour=GREY))
+    return svg(WIDE, y + 34, parts)
 
 
 def switch() -> str:
@@ -94,16 +98,17 @@ def switch() -> str:
 
     schedule, alone = SDXL.schedule(), SDXL.sigmas(4)
     headed = with_head(schedule, alone, 2)
-    left, right, parts = 190, 690, [text(190, 24, "noise", colour=GREY), text(690, 24, "image", "end", GREY)]
+    left, right, parts = 30, WIDE - 30, []
     for i, (name, sigmas, head) in enumerate([("student alone", alone, 0), ("2 teacher steps first", headed, 2)]):
-        y = 56 + i * 44
-        parts += [text(left - 14, y + 5, name, "end"), axis(y, left, right)]
-        for k, t in enumerate(schedule.timestep(sigmas[:-1]).tolist()):
-            x = left + (999 - t) / 999 * (right - left)
-            parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="8" fill="{ORANGE if k < head else BLUE}"/>')
-            parts.append(text(x, y + 24, f"{t:.0f}", "middle", GREY, 11))
-    words = "Timesteps on SDXL. Orange: the teacher at its own cfg. Blue: the student at cfg 1."
-    return svg(720, 160, [*parts, text(20, 148, words, colour=GREY, size=12)])
+        y = 52 + i * 86
+        steps = schedule.timestep(sigmas[:-1]).tolist()
+        colours = [ORANGE if k < head else BLUE for k in range(len(steps))]
+        parts += [text(20, y - 24, name), *levels_row(y, steps, left, right, colours)]
+        for t in steps:
+            parts.append(text(left + (999 - t) / 999 * (right - left), y + 25, f"{t:.0f}", "middle", GREY))
+    parts.append(text(10, 206, "Timesteps on SDXL. Orange: the teacher at its cfg.", colour=GREY))
+    parts.append(text(10, 226, "Blue: the student at cfg 1.", colour=GREY))
+    return svg(WIDE, 240, parts)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -119,26 +124,25 @@ def lazy() -> str:
     mask[0, 0] = (((rows - 76) / 17) ** 2 + ((columns - 84) / 24) ** 2 < 1).float()
     touched = token_mask(mask, (1, 2, 2))
     tokens = select(touched)
-    parts = [box(20, 20, side * cell, side * cell, "#eef1f6")]
+    parts = [box(8, 8, side * cell, side * cell, "#eef1f6")]
     for i, (computed, hole) in enumerate(zip(tokens.computed.tolist(), tokens.hole.tolist(), strict=True)):
         if computed:
-            x, y = 20 + i % side * cell, 20 + i // side * cell
+            x, y = 8 + i % side * cell, 8 + i // side * cell
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{ORANGE if hole else BLUE}"/>'
             )
     chosen, total = int(tokens.computed.sum()), len(tokens.computed)
     cost = step_cost(tokens.share, total, text_tokens)
+    hole = int(tokens.hole.sum())
     words = [
-        (INK, f"{total} tokens of a picture"),
-        (ORANGE, f"{int(tokens.hole.sum())} of the hole"),
-        (BLUE, "one ring around it, and up to a multiple of 64"),
-        (INK, f"{chosen} are computed: {tokens.share:.1%}"),
-        (INK, f"with {text_tokens} tokens of text"),
-        (INK, f"a lazy step costs {cost:.2f}"),
-        (INK, "of a whole one"),
+        (INK, f"{total} tokens of a picture of 1024 x 1024"),
+        (ORANGE, f"{hole} of the hole"),
+        (BLUE, f"{chosen - hole} around it: a ring, and up to a multiple of 64"),
+        (INK, f"{tokens.share:.1%} are computed. With {text_tokens} tokens of text"),
+        (INK, f"a lazy step costs {cost:.2f} of a whole one."),
     ]
-    parts += [text(430, 120 + 30 * i, line, colour=colour) for i, (colour, line) in enumerate(words)]
-    return svg(780, 424, parts)
+    parts += [text(10, 418 + 22 * i, line, colour=colour) for i, (colour, line) in enumerate(words)]
+    return svg(WIDE, 516, parts)
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -177,14 +181,15 @@ def as_picture(image: torch.Tensor) -> Image.Image:
     return Image.frombytes("RGB", (rows.shape[1], rows.shape[0]), rows.numpy().tobytes())
 
 
-def labelled(panels: list[Image.Image], words: list[str]) -> Image.Image:
-    width, height = panels[0].size
-    page = Image.new("RGB", ((width + 10) * len(panels) + 10, height + 44), PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+def labelled(panels: list[Image.Image], words: list[str], columns: int = 2) -> Image.Image:
+    width, height = (side + gap for side, gap in zip(panels[0].size, (10, 40), strict=True))
+    rows = -(-len(panels) // columns)
+    page = Image.new("RGB", (width * columns + 10, height * rows + 10), PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(18)
     for i, (panel, line) in enumerate(zip(panels, words, strict=True)):
-        x = 10 + i * (width + 10)
-        page.paste(panel, (x, 10))
-        draw.text((x, height + 16), line, fill=INK, font=font)
+        x, y = 10 + i % columns * width, 10 + i // columns * height
+        page.paste(panel, (x, y))
+        draw.text((x, y + panel.height + 6), line, fill=INK, font=font)
     return page
 
 
@@ -194,25 +199,24 @@ def labelled(panels: list[Image.Image], words: list[str]) -> Image.Image:
 def distill() -> str:
     """DMD2 in boxes."""
     parts = [
-        box(20, 80, 90, 44, GREY, "noise"),
-        arrow(110, 102, 160, 102),
-        box(160, 80, 110, 44, BLUE, "student"),
-        arrow(270, 102, 320, 102),
-        box(320, 80, 110, 44, GREEN, "picture"),
-        arrow(430, 102, 500, 102, "add noise"),
-        box(500, 80, 80, 44, GREY, "noised"),
-        arrow(580, 92, 640, 92),
-        box(640, 30, 150, 62, ORANGE, "teacher, with cfg"),
-        box(640, 112, 150, 62, BLUE, "critic"),
-        arrow(580, 112, 640, 112),
-        text(812, 66, "what it should be"),
-        text(812, 148, "what it is"),
-        text(640, 210, "Their difference is the student's gradient."),
-        text(640, 232, "The critic learns what the student draws."),
-        text(20, 210, "Student and critic are two LoRA sets on the teacher's own weights:", colour=GREY, size=12),
-        text(20, 228, "one copy of the model is in memory.", colour=GREY, size=12),
+        *(
+            box(120, y, 160, 36, c, w)
+            for y, c, w in ((10, GREY, "noise"), (80, BLUE, "student"), (150, GREEN, "picture"))
+        ),
+        *(arrow(200, y, 200, y + 34) for y in (46, 116, 186)),
+        box(120, 220, 160, 36, GREY, "noise added again"),
+        arrow(150, 256, 150, 290),
+        arrow(250, 256, 250, 290),
+        box(20, 290, 170, 40, ORANGE, "teacher, with cfg"),
+        box(210, 290, 170, 40, BLUE, "critic"),
+        text(105, 352, "what it should be", "middle"),
+        text(295, 352, "what it is", "middle"),
+        text(10, 386, "Their difference is the student's gradient."),
+        text(10, 408, "The critic learns what the student draws."),
+        text(10, 436, "Student and critic are two LoRA sets on the", colour=GREY),
+        text(10, 456, "teacher's weights: one model is in memory.", colour=GREY),
     ]
-    return svg(960, 250, parts)
+    return svg(WIDE, 470, parts)
 
 
 def main() -> None:
