@@ -100,7 +100,8 @@ else:
     def test_the_seed_of_a_training_stays_so_that_the_next_queue_goes_on(server, node):
         with browsing(server) as browser:
             browser.page.evaluate(SHOWN, node)
-            value = "() => app.graph.nodes[0].widgets.find(w => w.name === 'control_after_generate').value"
+            # found by the seed: the frontend gives this widget the name of its value
+            value = "() => app.graph.nodes[0].widgets.find(w => w.name === 'seed').linkedWidgets[0].value"
             assert browser.page.evaluate(value) == "fixed"
             browser.page.evaluate(SHOWN, "DMD_FewStepSampler")
             assert browser.page.evaluate(value) == "randomize", "the control: a sampler's seed does roll"
