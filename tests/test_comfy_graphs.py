@@ -15,6 +15,8 @@ pytestmark = pytest.mark.comfy
 NAMES = graph_files.names()
 SHAPES = [n for n in NAMES if n.startswith("Shapes")]
 SHAPES_S = 120  # of one core
+# minutes each on tiny models too: they draw many pictures of full size, or judge a teacher
+LONG = ("Compare grid", "Slider grid", "Distill your checkpoint (SDXL)", "Distill Flux or Z-Image")
 # of a model file's name -> family of comfy_tiny
 FAMILIES = {
     "sd_xl": "sdxl",
@@ -79,6 +81,11 @@ if not comfy_host.in_comfy():
     def test_the_graphs_in_a_headless_comfyui():
         comfy_host.run_tests_in_comfy(Path(__file__), "-m", "comfy and not slow", timeout_s=3000)
 
+    @pytest.mark.slow
+    @pytest.mark.skipif(comfy_host.missing() is not None, reason=str(comfy_host.missing()))
+    def test_the_long_graphs_in_a_headless_comfyui():
+        comfy_host.run_tests_in_comfy(Path(__file__), "-m", "comfy and slow", timeout_s=3000)
+
 else:
     from comfy_server import serving
     from PIL import Image
@@ -101,7 +108,9 @@ else:
 
     REAL = {n: graph_files.read_api(n) for n in NAMES if n not in SHAPES}
 
-    @pytest.mark.parametrize("name", [n for n, api in REAL.items() if has_plan(api)])
+    MARKS = {n: [pytest.mark.slow] if n in LONG else [] for n in REAL}
+
+    @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS[n]) for n, api in REAL.items() if has_plan(api)])
     def test_a_graph_for_real_models_runs_on_tiny_ones(server, name):
         api = with_standins(REAL[name])
         for node in training(api):
@@ -139,6 +148,14 @@ else:
             assert picture.size == (768, 512)
             assert picture.convert("RGB").getpixel((10, 10)) == (90, 120, 150), "the picture itself has changed"
 
+    def test_the_log_holds_no_complaint_of_ours(server):
+        """The start and every graph above."""
+        lines = [line for line in server.log.splitlines() if "lora key not loaded" in line]
+        assert lines == []
+        start = server.log.split("To see the GUI")[0]
+        assert "Cannot import" not in start
+        assert "IMPORT FAILED" not in start
+
     # --- controls -----------------------------------------------------------------------------------------------------
 
     def test_without_stand_ins_a_graph_for_real_models_is_refused(server):
@@ -166,11 +183,4 @@ else:
                 node["inputs"]["family"] = "flux"
         with pytest.raises(ValueError, match="failed"):
             server.execute(api)
-
-    def test_the_log_holds_no_complaint_of_ours(server):
-        """Runs last: the start and every graph above."""
-        lines = [line for line in server.log.splitlines() if "lora key not loaded" in line]
-        assert lines == []
-        start = server.log.split("To see the GUI")[0]
-        assert "Cannot import" not in start
-        assert "IMPORT FAILED" not in start
+        assert "lora key not loaded" in server.log
