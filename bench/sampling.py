@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from dmd_core.adapters import Adapted, AdapterBank
 from dmd_core.denoiser import Denoiser
 from dmd_core.samplers import sample_euler, sample_heun, sample_restart, start
-from dmd_core.weights.lora import add_delta
 
 from .models import SMALL, Size
-from .record import Table, compared
+from .record import Table, all_compared, compared
 
 STEPS = 4
 SIZES = [replace(SMALL[n], shape=(SMALL[n].shape[0], 32, 32)) for n in ("sd15", "flux")]
@@ -50,15 +49,7 @@ def samplers(size: Size, model: Denoiser, levels: Tensor, cond: object, noise: T
     }
 
 
-def merged(net: nn.Module, bank: AdapterBank, name: str) -> None:
-    """The set added into the weights themselves."""
-    with torch.no_grad():
-        for layer, adapter in bank.sets[name].items():
-            weight = bank.layers[layer].weight
-            weight.copy_(add_delta(layer, weight, adapter.down, adapter.up, 1.0))
-
-
-def on_cpu(rounds: int = 7) -> Table:
+def on_cpu(rounds: int = 5) -> Table:
     table = Table(
         "sampling",
         "Sampling",
@@ -66,24 +57,25 @@ def on_cpu(rounds: int = 7) -> Table:
         settings={"steps": STEPS, "batch": 1, "precision": "fp32", "latent": "32 x 32", "LoRA rank": 8},
         notes=["Networks are scaled down: on a real one the same overhead is a smaller share."],
     )
-    for size in SIZES:
-        name = size.family
-        net, cond, levels = size.net(), size.cond(1), levels_of(size, "cpu")
-        noise = torch.randn(1, *size.shape, generator=torch.Generator().manual_seed(0))
-        model = size.denoiser(net)
-        calls = bare(size, net, levels, cond, noise)
-        for what, work in samplers(size, model, levels, cond, noise).items():
-            table.rows.append({"network": name, "what": what} | compared(work, calls, rounds))
-        seven = bare(size, net, levels_of(size, "cpu", 2 * STEPS - 1), cond, noise)  # as many calls as Heun makes
-        x = start(model.schedule, noise, levels[0])
-        row = compared(partial(sample_heun, model, x, levels, cond), seven, rounds)
-        table.rows.append({"network": name, "what": "sample_heun (7 calls)"} | row)
-        table.rows += adapters(size, rounds)
+    table.rows = [row for size in SIZES for row in rows_of(size, rounds)]
     return table
 
 
+def rows_of(size: Size, rounds: int) -> list[dict]:
+    net, cond, levels = size.net(), size.cond(1), levels_of(size, "cpu")
+    noise = torch.randn(1, *size.shape, generator=torch.Generator().manual_seed(0))
+    model = size.denoiser(net)
+    calls = bare(size, net, levels, cond, noise)
+    found = all_compared(samplers(size, model, levels, cond, noise), calls, rounds)
+    seven = bare(size, net, levels_of(size, "cpu", 2 * STEPS - 1), cond, noise)  # as many calls as Heun makes
+    x = start(model.schedule, noise, levels[0])
+    found["sample_heun (7 calls)"] = compared(partial(sample_heun, model, x, levels, cond), seven, rounds)
+    rows = [{"network": size.family, "what": what} | row for what, row in found.items()]
+    return rows + adapters(size, rounds)
+
+
 def adapters(size: Size, rounds: int) -> list[dict]:
-    """What sets cost that are attached: asleep (teacher's pass), and awake against the same set merged."""
+    """What sets cost that are attached, over the network without any: asleep (the teacher's pass), and awake."""
     plain, net = size.net(), size.net()
     bank, rng = AdapterBank(net, size.kind.targets("all")), torch.Generator().manual_seed(0)
     for key in ("student", "critic", "slider"):
@@ -95,8 +87,10 @@ def adapters(size: Size, rounds: int) -> list[dict]:
     def run(model: Denoiser) -> Callable[[], Tensor]:
         return lambda: sample_euler(model, x, levels, cond)
 
-    model, rows = size.denoiser(net), []
-    asleep, awake = Adapted(model, bank, {}), Adapted(model, bank, {"student": 1.0})
-    for what, ours in (("three LoRA sets asleep", asleep), ("one LoRA set awake, over merged", awake)):
-        rows.append({"network": size.family, "what": what} | compared(run(ours), run(size.denoiser(plain)), rounds))
-    return rows
+    model = size.denoiser(net)
+    works = {
+        "three LoRA sets asleep": run(Adapted(model, bank, {})),
+        "one LoRA set awake, over none": run(Adapted(model, bank, {"student": 1.0})),
+    }
+    found = all_compared(works, run(size.denoiser(plain)), rounds)
+    return [{"network": size.family, "what": what} | row for what, row in found.items()]
