@@ -10,7 +10,7 @@ import torch
 def demo(args: argparse.Namespace) -> None:
     from . import demo
 
-    config = demo.DemoConfig(seed=args.seed, **(demo.QUICK if args.quick else {}))
+    config = demo.quick(args.seed) if args.quick else demo.DemoConfig(seed=args.seed)
     report = demo.run_demo(args.out, config, torch.device(args.device), say)
     print(f"\n{'':12}{'accuracy':>10}{'frechet':>10}{'coverage':>10}{'ms/image':>10}")
     for name, row in report["rows"].items():

@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +33,35 @@ FACTORS = ("radius", "x", "y", "angle", "light")  # continuous ones, of the firs
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """How one student is trained; the best of a few runs each, on one seed."""
+
+    steps: int
+    updates: int
+    lr: float  # of student and critic
+    critic_updates: int
+    synchronise: float = 0.0
+    shift: float = 0.0  # of the matching times; 0: the schedule's own
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Tuned so that two CPU cores need under eight minutes; --quick for a look in 90 seconds."""
+    """Everything the demo does; --quick for a look."""
 
     seed: int = 0
-    updates_4: int = 250
-    updates_1: int = 350
+    four: Stage = Stage(steps=4, updates=300, lr=1e-3, critic_updates=2, synchronise=0.03)
+    # begins as the 4-step student; more even matching times get more outlines right
+    one: Stage = Stage(steps=1, updates=400, lr=2e-3, critic_updates=3, shift=2.0)
     batch: int = 32
     rank: int = 16
     guidance: float = 2.0
-    critic_updates: int = 3
-    student_lr: float = 1e-3
-    critic_lr: float = 2e-3
-    # the schedule's 3 leaves outlines to few updates, 1 leaves brightness to too few and its spread shrinks
-    matching_shift: float = 2.0
     num_judged: int = 1024  # pictures per row of the report
     num_shown: int = 8  # columns of the sheet
 
 
-QUICK = {"updates_4": 20, "updates_1": 15, "num_judged": 64}
+def quick(seed: int) -> DemoConfig:
+    config = DemoConfig(seed=seed)
+    return replace(config, four=replace(config.four, updates=20), one=replace(config.one, updates=15), num_judged=64)
 
 
 @dataclass(frozen=True)
@@ -102,8 +112,7 @@ def levels(steps: int) -> tuple[float, ...]:
 
 def distil(
     world: World,
-    steps: int,
-    updates: int,
+    stage: Stage,
     config: DemoConfig,
     begin: Mapping[str, Tensor] | None = None,
     on_report: Callable[[Report], None] = lambda report: None,
@@ -117,12 +126,13 @@ def distil(
         bank.load("student", begin)
     student, critic = (Adapted(world.teacher, bank, {k: 1.0}) for k in ("student", "critic"))
     dmd2 = DMD2Config(
-        sigmas=levels(steps)[:-1],
+        sigmas=levels(stage.steps)[:-1],
         guidance=config.guidance,
-        critic_updates=config.critic_updates,
-        shift=config.matching_shift,
-        student_lr=config.student_lr,
-        critic_lr=config.critic_lr,
+        critic_updates=stage.critic_updates,
+        synchronise=stage.synchronise,
+        shift=stage.shift,
+        student_lr=stage.lr,
+        critic_lr=stage.lr,
         student_betas=(0.0, 0.99),
         critic_betas=(0.0, 0.99),
         ema=0.95,
@@ -131,7 +141,7 @@ def distil(
     objective = DMD2(
         world.teacher, student, critic, negative, bank.parameters("student"), bank.parameters("critic"), dmd2
     )
-    loop = TrainConfig(steps=updates, seed=config.seed, warmup=5, cooldown=0.3)
+    loop = TrainConfig(steps=stage.updates, seed=config.seed, warmup=5, cooldown=0.3)
     state = TrainState(objective, loop)
     batches = Prompts(world.encode(captions(4096, config.seed + 1)), LATENT, config.batch, config.seed)
     run, began = Run(student, {}), time.perf_counter()
@@ -207,10 +217,12 @@ def run_demo(out: Path, config: DemoConfig, device: torch.device, say: Callable[
     out.mkdir(parents=True, exist_ok=True)
     world = World.load(device)
     runs: dict[int, Run] = {}
-    for steps, updates in ((4, config.updates_4), (1, config.updates_1)):
-        bar = ProgressLine(f"distilling to {steps} step{'s' * (steps > 1)}", updates, say)
-        begin = runs[4].state if steps == 1 else None
-        runs[steps] = distil(world, steps, updates, config, begin, bar.show)
+    begin = None
+    for stage in (config.four, config.one):
+        steps = stage.steps
+        bar = ProgressLine(f"distilling to {steps} step{'s' * (steps > 1)}", stage.updates, say)
+        runs[steps] = distil(world, stage, config, begin, bar.show)
+        begin = runs[steps].state
         curves(runs[steps].losses, columns=2).save(out / f"curves_{steps}.png")
         export(world, out, steps, runs[steps].state, config)
     say("sampling and judging")

@@ -312,7 +312,7 @@ class Found:
 def student() -> Adapted:
     """A four-step student by the demo's own recipe, as another set of the bank."""
     here = lab()
-    run = demo.distil(here.world, 4, demo.DemoConfig().updates_4, demo.DemoConfig())
+    run = demo.distil(here.world, demo.DemoConfig().four, demo.DemoConfig())
     run.student.bank.detach()
     here.bank.load("student", run.state)
     return Adapted(here.world.teacher, here.bank, {"student": 1.0})
