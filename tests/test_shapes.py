@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from dmd_core import shapes
+from dmd_core.adapters import AdapterBank
 from dmd_core.conditioning import Cond
 from dmd_core.denoiser import Guided
-from dmd_core.samplers import sample_euler
+from dmd_core.samplers import sample_euler, sample_restart
 from dmd_core.shapes import autoencoder, captions, teacher, text, world
 from dmd_core.shapes.build import STAGES
 from dmd_core.shapes.stages import Latents
 from dmd_core.sigmas import ending, shifted
+from dmd_core.weights.lora import load_lora, read_lora
 
 
 @pytest.fixture
@@ -277,6 +279,29 @@ def test_the_teacher_draws_everything_that_the_prompt_says(recogniser, vae):
     read = recogniser.read(drawn(prompts, 78, 20, 2.0, vae))
     assert captions.accuracy(prompts, read) > 0.93
     assert captions.accuracy(prompts[1:] + prompts[:1], read) < 0.1
+
+
+@pytest.mark.parametrize(("steps", "least", "untrained"), [(4, 0.9, 0.89), (1, 0.75, 0.5)])
+def test_the_shipped_students_draw_what_the_teacher_cannot_in_as_few_steps(steps, least, untrained, recogniser, vae):
+    rng = torch.Generator().manual_seed(77)
+    prompts = captions.describe(world.sample(256, rng), rng)
+    net = shapes.load_teacher()
+    bank = AdapterBank(net)
+    cond = Cond(*shapes.load_text_encoder().encode(prompts))
+
+    def right():
+        noise = torch.randn(len(prompts), 16, 8, 8, generator=torch.Generator().manual_seed(78))
+        levels = ending(shifted(steps, teacher.SCHEDULE.shift))
+        with torch.no_grad():
+            x = sample_restart(teacher.denoiser(net), noise, levels, cond, torch.Generator().manual_seed(79))
+            return captions.accuracy(prompts, recogniser.read(vae.decode(x)))
+
+    assert right() < untrained  # the control: the teacher itself, without guidance as the student is used
+    path = shapes.WEIGHTS / f"shapes_student_{steps}.safetensors"
+    assert read_lora(path).recipe.steps == steps
+    bank.load("student", load_lora(path, bank))
+    with bank.use({"student": 1.0}):
+        assert right() > least
 
 
 # files
