@@ -300,7 +300,7 @@ def test_the_shipped_students_draw_what_the_teacher_cannot_in_as_few_steps(steps
     path = shapes.WEIGHTS / f"shapes_student_{steps}.safetensors"
     assert read_lora(path).recipe.steps == steps
     bank.load("student", load_lora(path, bank))
-    with bank.use({"student": 1.0}):
+    with bank.use(student=1.0):
         assert right() > least
 
 
