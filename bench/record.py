@@ -5,6 +5,7 @@ are kept. On CUDA it is wall time after a synchronisation, and milliseconds are 
 """
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -46,6 +47,8 @@ class Table:
 
 def machine(device: str) -> dict[str, Any]:
     found = {"processor": processor(), "system": platform.system(), "threads": torch.get_num_threads()}
+    if hasattr(os, "getloadavg"):
+        found |= {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     if device.startswith("cuda"):
         about = torch.cuda.get_device_properties(0)
         found |= {"gpu": about.name, "gpu_gib": round(about.total_memory / 2**30), "cuda": torch.version.cuda}
