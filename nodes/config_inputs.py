@@ -95,3 +95,16 @@ def widget(name: str, shown_as: str, default: Any) -> Any:
         after = {"control_after_generate": io.ControlAfterGenerate.fixed} if shown_as == "seed" else {}
         return io.Int.Input(shown_as, default=default, min=int(w.low), max=int(w.high), **after, **common)
     return io.Float.Input(shown_as, default=default or 0.0, min=w.low, max=w.high, step=w.step, **common)
+
+
+def run_folder_inputs(name: str) -> list[Any]:
+    """Where a training keeps itself, and whether it goes on there."""
+    return [
+        io.String.Input("run_name", default=name, tooltip="Name of the folder in output/dmd."),
+        io.Combo.Input(
+            "resume",
+            options=["auto", "new"],
+            default="auto",
+            tooltip="Auto goes on where the run of that name stopped. New begins a fresh folder (name_2, ...).",
+        ),
+    ]

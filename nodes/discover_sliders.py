@@ -32,6 +32,7 @@ from ..dmd_core.sliders.settings import DiscoverySettings
 from ..dmd_core.sliders.stored import Finished, kept, write_sliders
 from ..dmd_core.train import TrainConfig
 from .comfy_denoiser import refuse_untrainable
+from .config_inputs import run_folder_inputs
 from .distill import say_to
 from .evidence import graph_of
 from .slider_files import MOST, SliderSet, identity
@@ -238,13 +239,7 @@ class DiscoverSliders(io.ComfyNode):
                     max=MOST,
                     tooltip="How many directions, the most telling first.",
                 ),
-                io.String.Input("run_name", default="my directions", tooltip="Name of the folder in output/dmd."),
-                io.Combo.Input(
-                    "resume",
-                    options=["auto", "new"],
-                    default="auto",
-                    tooltip="Auto goes on where the run of that name stopped. New begins a fresh folder (name_2, ...).",
-                ),
+                *run_folder_inputs("my directions"),
                 *run_inputs(DiscoverySettings),
                 io.Int.Input(
                     "prompts",

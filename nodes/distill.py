@@ -46,7 +46,7 @@ from .comfy_source import (
     student_sigmas,
     usual_size,
 )
-from .config_inputs import widgets
+from .config_inputs import run_folder_inputs, widgets
 from .students import Student, curves_of, find_snapshot, image_of, loss_map, mark_of, root, sheet_of
 
 PLAN, TRAIN, EXPORT = "plan", "train", "export run file"
@@ -264,13 +264,7 @@ class Distill(io.ComfyNode):
                     tooltip="Plan measures two updates: time, memory, and whether this model can be a teacher. Export "
                     "writes the same run for the command line.",
                 ),
-                io.String.Input("run_name", default="my student", tooltip="Name of the folder in output/dmd."),
-                io.Combo.Input(
-                    "resume",
-                    options=["auto", "new"],
-                    default="auto",
-                    tooltip="Auto goes on where the run of that name stopped. New begins a fresh folder (name_2, ...).",
-                ),
+                *run_folder_inputs("my student"),
                 io.Float.Input(
                     "stop_minutes",
                     default=DriveConfig.stop_minutes,

@@ -31,6 +31,7 @@ from ..dmd_core.sliders.stored import Finished, kept, write_sliders
 from ..dmd_core.train import TrainConfig
 from .comfy_denoiser import refuse_untrainable
 from .comfy_source import NativeTeacher
+from .config_inputs import run_folder_inputs
 from .distill import say_to
 from .evidence import graph_of
 from .slider_files import SliderSet, identity
@@ -309,13 +310,7 @@ class TrainSlider(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to steer, with its LoRAs. Few-step models are far quicker."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
                 made_from,
-                io.String.Input("run_name", default="my slider", tooltip="Name of the folder in output/dmd."),
-                io.Combo.Input(
-                    "resume",
-                    options=["auto", "new"],
-                    default="auto",
-                    tooltip="Auto goes on where the run of that name stopped. New begins a fresh folder (name_2, ...).",
-                ),
+                *run_folder_inputs("my slider"),
                 *run_inputs(SliderSettings),
                 io.Float.Input(
                     "eta",
