@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from comfy_server import Server
-from graph_files import Api, Layout
+from graph_files import FULL_HD, Api, Layout
 
 GAP, COLUMN_GAP, GROUP_GAP = 64, 40, 60  # between nodes, columns and groups; a node's title stands in the first
 PAD, HEADER = 20, 84  # inside of a group: at its sides, above its first node's body
+TITLE = 30  # of a node, above its body
 NOTE_WIDTH, NOTE_LINE, NOTE_CHARACTERS, PARAGRAPH = 460, 18, 70, 12
 VIEW = {"width": 2000, "height": 1100}
 SETTINGS = {
@@ -142,22 +143,50 @@ def ours(said: Any, url: str) -> bool:
 
 
 def boxes(layout: Layout, sizes: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Where everything stands: groups from left to right, their columns likewise, nodes from top to bottom."""
-    nodes, groups, left = {}, [], 0.0
-    for group in layout.groups:
-        x, bottom = left + PAD, 0.0
-        for column in group["columns"]:
-            y, width = 0.0, 0.0
-            for key in column:
-                w, h = (max(a, b) for a, b in zip(sizes[key], layout.sizes.get(key, (270, 0)), strict=True))
-                nodes[key] = [x, y, w, h]
-                y, width = y + h + GAP, max(width, w)
-            x, bottom = x + width + COLUMN_GAP, max(bottom, y - GAP)
-        right = x - COLUMN_GAP + PAD
-        box = [left, -HEADER, right - left, bottom + HEADER + PAD]
-        groups.append({"title": group["title"], "box": box})
-        left = right + GROUP_GAP
-    parts = re.split(r"\n\n|\n(?=- )", layout.note)
-    height = 80 + sum(NOTE_LINE * (1 + len(part) // NOTE_CHARACTERS) + PARAGRAPH for part in parts)
-    note = {"text": layout.note, "box": [-NOTE_WIDTH - GROUP_GAP, -HEADER + 40, NOTE_WIDTH, height]}
-    return {"nodes": nodes, "groups": groups, "note": note}
+    """Where everything stands: the note and the groups from top to bottom while there is height, then from left to
+    right; inside of a group its columns side by side. ComfyUI fits a template into its window, and text in nodes is
+    drawn only down to a scale of 0.57: a row of all groups would open as grey boxes.
+    """
+    note = [NOTE_WIDTH, note_height(layout.note)]
+    inner = [group_boxes(group["columns"], layout, sizes) for group in layout.groups]
+    corners = stacked([[note[0], note[1] + TITLE], *[size for _, size in inner]])
+    nodes, groups = {}, []
+    for group, (placed, (width, height)), (left, top) in zip(layout.groups, inner, corners[1:], strict=True):
+        groups.append({"title": group["title"], "box": [left, top, width, height]})
+        nodes.update({k: [left + x, top + y, w, h] for k, (x, y, w, h) in placed.items()})
+    left, top = corners[0]
+    return {"nodes": nodes, "groups": groups, "note": {"text": layout.note, "box": [left, top + TITLE, *note]}}
+
+
+def group_boxes(
+    columns: list[list[str]], layout: Layout, sizes: Mapping[str, list[float]]
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Of a group's nodes their place in it, and its own size."""
+    placed: dict[str, list[float]] = {}
+    left, bottom = float(PAD), 0.0
+    for column in columns:
+        boxes = {k: [max(a, b) for a, b in zip(sizes[k], layout.sizes.get(k, (270, 0)), strict=True)] for k in column}
+        top = float(HEADER)
+        for key, (w, h) in boxes.items():
+            placed[key] = [left, top, w, h]
+            top += h + GAP
+        left += max(w for w, _ in boxes.values()) + COLUMN_GAP
+        bottom = max(bottom, top - GAP)
+    return placed, [left - COLUMN_GAP + PAD, bottom + PAD]
+
+
+def stacked(sizes: list[list[float]]) -> list[tuple[float, float]]:
+    """Corners of boxes of these sizes: below the one before where that stays low enough, else in a new column."""
+    corners: list[tuple[float, float]] = []
+    left, bottom, width = 0.0, -GROUP_GAP, 0.0
+    for w, h in sizes:
+        if corners and bottom + GROUP_GAP + h > FULL_HD[1]:
+            left, bottom, width = left + width + GROUP_GAP, -GROUP_GAP, 0.0
+        corners.append((left, bottom + GROUP_GAP))
+        bottom, width = bottom + GROUP_GAP + h, max(width, w)
+    return corners
+
+
+def note_height(text: str) -> float:
+    parts = re.split(r"\n\n|\n(?=- )", text)
+    return 80 + sum(NOTE_LINE * (1 + len(part) // NOTE_CHARACTERS) + PARAGRAPH for part in parts)

@@ -140,6 +140,15 @@ def test_no_two_nodes_lie_on_each_other(name):
             assert apart, (ui["nodes"][i]["type"], a, b)
 
 
+@each
+def test_on_a_usual_screen_a_template_opens_with_readable_text(name):
+    """ComfyUI fits it into its window; too wide or too high, and all nodes are grey boxes."""
+    ui = graph_files.read_ui(name)
+    boxes = [g["bounding"] for g in ui["groups"]] + [[*n["pos"], *n["size"]] for n in ui["nodes"]]
+    for axis, room in enumerate(graph_files.FULL_HD):
+        assert max(b[axis] + b[axis + 2] for b in boxes) - min(b[axis] for b in boxes) <= room
+
+
 def contains(outer, inner):
     left, top, width, height = outer
     return (
