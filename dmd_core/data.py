@@ -1,6 +1,6 @@
 """What one training batch holds, for every objective that generates."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,35 @@ class Prompts:
         while True:
             rng.manual_seed(mix(self.seed, cursor))
             yield Batch(self.pool.take(torch.randint(len(self.pool), (self.batch,), generator=rng)), self.shape)
+            cursor += 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.seek(0)
+
+
+class Latents:
+    """Endless batches of clean latents with their prompts, as Prompts gives them; latents[i] [c h w] fits prompt i.
+
+    Latents of one size form a bucket; a batch comes from one bucket, and every latent is equally likely.
+    """
+
+    def __init__(self, pool: Cond, latents: Sequence[Tensor], batch: int, seed: int = 0):
+        if len(pool) != len(latents) or not latents:
+            raise ValueError(f"{len(latents)} latents were given for {len(pool)} prompts; give one latent for each")
+        self.pool, self.latents, self.batch, self.seed = pool, latents, batch, seed
+        self.buckets: dict[tuple[int, ...], list[int]] = {}
+        for i, latent in enumerate(latents):
+            self.buckets.setdefault(tuple(latent.shape), []).append(i)
+
+    def seek(self, cursor: int) -> Iterator[Batch]:
+        rng = torch.Generator()
+        while True:
+            rng.manual_seed(mix(self.seed, cursor))
+            first = int(torch.randint(len(self.latents), (1,), generator=rng))
+            bucket = torch.tensor(self.buckets[tuple(self.latents[first].shape)])
+            index = bucket[torch.randint(len(bucket), (self.batch,), generator=rng)]
+            latents = torch.stack([self.latents[i] for i in index.tolist()])
+            yield Batch(self.pool.take(index), tuple(latents.shape), latents)
             cursor += 1
 
     def __iter__(self) -> Iterator[Batch]:
