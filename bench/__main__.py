@@ -4,17 +4,18 @@ import sys
 
 import torch
 
-TABLES = ("training", "memory", "sampling", "inpainting", "sliders", "processes", "scaling", "start")
+TABLES = ("methods", "training", "memory", "sampling", "inpainting", "sliders", "processes", "scaling", "start")
 
 
 def make(name: str):
     """The table, measured now."""
-    from . import inpainting, processes, sampling, sliders, start, training
+    from . import inpainting, memory, methods, processes, sampling, sliders, start, training
 
     return {
+        "methods": methods.on_cpu,
         # the longest one: its rows are kept as they come
         "training": lambda: training.on_cpu(done=lambda table: table.write("cpu", "python -m bench training")),
-        "memory": training.on_paper,
+        "memory": memory.on_paper,
         "sampling": sampling.on_cpu,
         "inpainting": inpainting.on_cpu,
         "sliders": sliders.on_cpu,
@@ -31,10 +32,14 @@ def main(args: list[str]) -> None:
             from .processes import work
 
             work()
-        case ["cuda"]:
+        case ["cuda"] | ["cuda", "--dry"]:
             from .cuda import main as on_cuda
 
-            on_cuda()
+            on_cuda(dry="--dry" in args)
+        case ["settings"]:
+            from .memory import settings
+
+            print(settings())
         case ["page"]:
             from .page import write
 

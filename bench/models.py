@@ -1,6 +1,6 @@
 """Networks of four families with random weights, at their real sizes and scaled down for a CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,10 @@ from dmd_core.families import Family, by_name
 @dataclass(frozen=True, kw_only=True)
 class Size:
     family: str
-    build: Callable[[], nn.Module]
-    call: Callable[[Any, Tensor, Tensor, Cond], Tensor]
+    config: Mapping[str, Any]  # of diffusers' class, beside what LAYOUTS gives
     shape: tuple[int, int, int]  # of a latent
     width: int  # of the text tokens
-    tokens: int
+    tokens: int = 77
     pooled: int | None = None
 
     @property
@@ -30,6 +29,16 @@ class Size:
     @property
     def kind(self) -> Family:
         return by_name(self.family)
+
+    @property
+    def call(self) -> Callable[[Any, Tensor, Tensor, Cond], Tensor]:
+        return LAYOUTS[self.family][1]
+
+    def build(self) -> nn.Module:
+        import diffusers
+
+        cls, _, fixed = LAYOUTS[self.family]
+        return getattr(diffusers, cls)(**{**fixed, **self.config})
 
     def net(self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -55,151 +64,191 @@ class Size:
         return Cond(torch.randn(batch, self.tokens, self.width, generator=g).to(device), pooled, extras)
 
 
-def unet(**config: Any) -> nn.Module:
-    import diffusers
-
-    return diffusers.UNet2DConditionModel(**config)
-
-
-def xl(**config: Any) -> nn.Module:
-    defaults = {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-    }
-    return unet(**{**defaults, **config})
-
-
-def sd3(**config: Any) -> nn.Module:
-    import diffusers
-
-    return diffusers.SD3Transformer2DModel(patch_size=2, in_channels=16, out_channels=16, **config)
+# class of diffusers, how it is called, and what a family's layout is at any size
+UNET, SD3, FLUX = "UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
+LAYOUTS: dict[str, tuple[str, Callable[[Any, Tensor, Tensor, Cond], Tensor], dict[str, Any]]] = {
+    "sd15": (UNET, call_unet, {}),
+    "sdxl": (
+        UNET,
+        call_unet,
+        {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+        },
+    ),
+    "sd3": (SD3, call_sd3, {"patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64}),
+    "flux": (FLUX, call_flux, {"patch_size": 1, "in_channels": 64, "guidance_embeds": True}),
+}
 
 
-def flux(**config: Any) -> nn.Module:
-    import diffusers
-
-    return diffusers.FluxTransformer2DModel(patch_size=1, in_channels=64, guidance_embeds=True, **config)
+def sizes(*found: Size) -> dict[str, Size]:
+    return {size.family: size for size in found}
 
 
-REAL = {
-    "sd15": Size(
+REAL = sizes(
+    Size(
         family="sd15",
-        build=lambda: unet(cross_attention_dim=768, attention_head_dim=8),
-        call=call_unet,
+        config={"cross_attention_dim": 768, "attention_head_dim": 8},
         shape=(4, 64, 64),
         width=768,
-        tokens=77,
     ),
-    "sdxl": Size(
+    Size(
         family="sdxl",
-        build=lambda: xl(
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        ),
-        call=call_unet,
+        config={
+            "block_out_channels": (320, 640, 1280),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
         shape=(4, 128, 128),
         width=2048,
-        tokens=77,
         pooled=1280,
     ),
-    "sd3": Size(
+    Size(
         family="sd3",
-        build=lambda: sd3(
-            sample_size=128,
-            num_layers=24,
-            num_attention_heads=24,
-            attention_head_dim=64,
-            joint_attention_dim=4096,
-            caption_projection_dim=1536,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=192,
-        ),
-        call=call_sd3,
+        config={
+            "sample_size": 128,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 192,
+        },
         shape=(16, 128, 128),
         width=4096,
         tokens=333,
         pooled=2048,
     ),
-    "flux": Size(
+    Size(
         family="flux",
-        build=lambda: flux(num_layers=19, num_single_layers=38, num_attention_heads=24),
-        call=call_flux,
+        config={"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24},
         shape=(16, 128, 128),
         width=4096,
         tokens=512,
         pooled=768,
     ),
-}
-SMALL = {
-    "sd15": Size(
+)
+SMALL = sizes(
+    Size(
         family="sd15",
-        build=lambda: unet(
-            block_out_channels=(64, 128, 256, 256),
-            layers_per_block=1,
-            attention_head_dim=4,
-            cross_attention_dim=128,
-        ),
-        call=call_unet,
+        config={
+            "block_out_channels": (64, 128, 256, 256),
+            "layers_per_block": 1,
+            "attention_head_dim": 4,
+            "cross_attention_dim": 128,
+        },
         shape=(4, 16, 16),
         width=128,
-        tokens=77,
     ),
-    "sdxl": Size(
+    Size(
         family="sdxl",
-        build=lambda: xl(
-            block_out_channels=(64, 128, 256),
-            layers_per_block=1,
-            transformer_layers_per_block=(1, 1, 4),
-            attention_head_dim=(1, 2, 4),
-            cross_attention_dim=256,
-            addition_time_embed_dim=32,
-            projection_class_embeddings_input_dim=6 * 32 + 128,
-        ),
-        call=call_unet,
+        config={
+            "block_out_channels": (64, 128, 256),
+            "layers_per_block": 1,
+            "transformer_layers_per_block": (1, 1, 4),
+            "attention_head_dim": (1, 2, 4),
+            "cross_attention_dim": 256,
+            "addition_time_embed_dim": 32,
+            "projection_class_embeddings_input_dim": 6 * 32 + 128,
+        },
         shape=(4, 16, 16),
         width=256,
-        tokens=77,
         pooled=128,
     ),
-    "sd3": Size(
+    Size(
         family="sd3",
-        build=lambda: sd3(
-            sample_size=32,
-            num_layers=5,
-            num_attention_heads=6,
-            attention_head_dim=64,
-            joint_attention_dim=256,
-            caption_projection_dim=384,
-            pooled_projection_dim=128,
-            pos_embed_max_size=32,
-        ),
-        call=call_sd3,
+        config={
+            "sample_size": 32,
+            "num_layers": 5,
+            "num_attention_heads": 6,
+            "joint_attention_dim": 256,
+            "caption_projection_dim": 384,
+            "pooled_projection_dim": 128,
+            "pos_embed_max_size": 32,
+        },
         shape=(16, 16, 16),
         width=256,
-        tokens=77,
         pooled=128,
     ),
-    "flux": Size(
+    Size(
         family="flux",
-        build=lambda: flux(
-            num_layers=2,
-            num_single_layers=4,
-            attention_head_dim=64,
-            num_attention_heads=6,
-            axes_dims_rope=(8, 28, 28),
-            joint_attention_dim=256,
-            pooled_projection_dim=128,
-        ),
-        call=call_flux,
+        config={
+            "num_layers": 2,
+            "num_single_layers": 4,
+            "attention_head_dim": 64,
+            "num_attention_heads": 6,
+            "axes_dims_rope": (8, 28, 28),
+            "joint_attention_dim": 256,
+            "pooled_projection_dim": 128,
+        },
         shape=(16, 16, 16),
         width=256,
-        tokens=77,
         pooled=128,
     ),
-}
+)
+# for dry runs: the smallest that these classes are, in a second or two
+TINY = sizes(
+    Size(
+        family="sd15",
+        config={
+            "block_out_channels": (32, 32),
+            "layers_per_block": 1,
+            "attention_head_dim": 4,
+            "cross_attention_dim": 16,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        shape=(4, 8, 8),
+        width=16,
+    ),
+    Size(
+        family="sdxl",
+        config={
+            "block_out_channels": (32, 32, 32),
+            "layers_per_block": 1,
+            "transformer_layers_per_block": 1,
+            "attention_head_dim": 4,
+            "cross_attention_dim": 16,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 16,
+        },
+        shape=(4, 8, 8),
+        width=16,
+        pooled=16,
+    ),
+    Size(
+        family="sd3",
+        config={
+            "sample_size": 8,
+            "num_layers": 1,
+            "num_attention_heads": 1,
+            "joint_attention_dim": 16,
+            "caption_projection_dim": 64,
+            "pooled_projection_dim": 16,
+            "pos_embed_max_size": 8,
+        },
+        shape=(16, 8, 8),
+        width=16,
+        pooled=16,
+    ),
+    Size(
+        family="flux",
+        config={
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 1,
+            "axes_dims_rope": (4, 6, 6),
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 16,
+        },
+        shape=(16, 8, 8),
+        width=16,
+        pooled=16,
+    ),
+)

@@ -36,10 +36,10 @@ class Table:
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def write(self, device: str, command: str) -> Path:
-        tier = "cuda" if device.startswith("cuda") else "cpu"
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{self.name}.{tier}.json"
+    def write(self, device: str, command: str, folder: Path | None = None) -> Path:
+        tier, folder = "cuda" if device.startswith("cuda") else "cpu", folder or RESULTS
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{self.name}.{tier}.json"
         found = {"tier": tier, "command": command, "machine": machine(device), "versions": versions(), **asdict(self)}
         path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return path
@@ -87,13 +87,20 @@ def seconds(work: Work, device: str = "cpu") -> float:
     return time.perf_counter() - began
 
 
-def compared(ours: Work, other: Work, rounds: int, device: str = "cpu", warm: int = 1) -> dict[str, Any]:
-    """ours / other: the median ratio, its quartiles, and on CUDA milliseconds."""
-    return all_compared({"ours": ours}, other, rounds, device, warm)["ours"]
+def compared(
+    ours: Work, other: Work, rounds: int, device: str = "cpu", warm: int = 1, milliseconds: bool = False
+) -> dict[str, Any]:
+    """ours / other: the median ratio, its quartiles, and milliseconds where they are asked for."""
+    return all_compared({"ours": ours}, other, rounds, device, warm, milliseconds)["ours"]
 
 
 def all_compared(
-    works: Mapping[str, Work], other: Work, rounds: int, device: str = "cpu", warm: int = 1
+    works: Mapping[str, Work],
+    other: Work,
+    rounds: int,
+    device: str = "cpu",
+    warm: int = 1,
+    milliseconds: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Each round runs everything, every other round backwards; ratios are taken within a round."""
     everything = {**works, "": other}
@@ -107,7 +114,7 @@ def all_compared(
     found = {}
     for name in works:
         figures = spread([t[name] / t[""] for t in taken])
-        if device.startswith("cuda"):
+        if milliseconds:
             figures |= {"ours_ms": 1e3 * statistics.median(t[name] for t in taken)}
             figures |= {"other_ms": 1e3 * statistics.median(t[""] for t in taken)}
         found[name] = {k: round(v, 4) for k, v in figures.items()} | {"rounds": rounds}

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from dmd_core.objectives.dmd2 import DMD2, DMD2Config
 from dmd_core.train import TrainConfig, train
 from dmd_core.trainstate import TrainState
 
-from .models import REAL, SMALL, Size
-from .record import NOT_RUN, Table, all_compared, tensor_bytes
+from .models import SMALL, Size
+from .record import Table, all_compared, tensor_bytes
 
 RATIO, GUIDANCE, LR, CLIP = 5, 4.0, 1e-5, 1.0
 RANK = {"cpu": 8, "cuda": 64}
@@ -97,7 +98,7 @@ class ThreeCopies:
         """(x0, what the network said)"""
         s = sigma.reshape(-1, 1, 1, 1)
         x_in = x if self.size.flow else x / (s**2 + 1).sqrt()
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.low):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16) if self.low else nullcontext():
             out = self.size.call(net, x_in, self.schedule.timestep(sigma), cond)
         return x - s * out.float(), out.float()
 
@@ -199,29 +200,4 @@ def on_cpu(rounds: int = 3, batch: int = 1, done: Callable[[Table], object] = la
         table.rows.append(row)
         done(table)
         del made, ours, found
-    return table
-
-
-def on_paper() -> Table:
-    """What both keep in memory at the real sizes: counted on networks without storage, activations left out."""
-    table = Table(
-        "memory",
-        "Memory on paper",
-        "GiB kept between updates at the real sizes, counted from the networks themselves: bf16 base and LoRA sets of "
-        "student and critic in fp32 with AdamW (16 bytes per trained number, gradients included), over bf16 teacher "
-        "and full student and critic in fp32 with AdamW",
-        settings={"rank": RANK["cuda"], "layers": "all"},
-        notes=["Activations, the CUDA context and averages come on top. Not measured: see the CUDA tier."],
-    )
-    for name, size in REAL.items():
-        net = size.net("meta", torch.bfloat16)
-        bank = AdapterBank(net, size.kind.targets("all"))
-        with torch.device("meta"):
-            bank.new("one", RANK["cuda"])
-        base = sum(p.numel() for p in net.parameters())
-        lora = sum(p.numel() for p in bank.parameters("one").values())
-        ours, plain = 2 * base + 2 * 16 * lora, (2 + 16 + 16) * base
-        row = {"network": name, "parameters (millions)": round(base / 1e6, 1), "LoRA (millions)": round(lora / 1e6, 1)}
-        row |= {"ours (GiB)": round(ours / 2**30, 1), "three copies (GiB)": round(plain / 2**30, 1)}
-        table.rows.append(row | {"ratio": round(ours / plain, 3), "measured on CUDA": NOT_RUN})
     return table

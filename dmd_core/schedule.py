@@ -80,6 +80,7 @@ class Discrete:
         self.alphas_cumprod = alpha_bar.float()
         self.sigmas = ((1 - alpha_bar) / alpha_bar).sqrt().float()
         self.log_sigmas = self.sigmas.log()
+        self._moved: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def from_betas(
@@ -94,6 +95,17 @@ class Discrete:
         alpha_bar = (1 - betas).cumprod(0)
         return cls(zero_terminal(alpha_bar) if zero_terminal_snr else alpha_bar)
 
+    def _table(self, name: str, device: torch.device) -> Tensor:
+        """sigmas or log_sigmas there. Copied once: every copy to a GPU makes the host wait for all that is queued."""
+        table = getattr(self, name)
+        if table.device == device:
+            return table
+        source, moved = self._moved.get((name, device), (None, table))
+        if source is not table:  # the host may put its own in place
+            moved = table.to(device)
+            self._moved[name, device] = (table, moved)
+        return moved
+
     @property
     def sigma_max(self) -> float:
         return self.sigmas[-1].item()
@@ -107,7 +119,7 @@ class Discrete:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Nearest trained timestep, as ComfyUI rounds it."""
-        log_sigmas = self.log_sigmas.to(sigma.device)
+        log_sigmas = self._table("log_sigmas", sigma.device)
         distance = sigma.float().log().unsqueeze(-1) - log_sigmas
         return distance.abs().argmin(-1)
 
@@ -115,13 +127,13 @@ class Discrete:
         """Log-linear between the trained timesteps."""
         t = timestep.float().clamp(0, len(self.sigmas) - 1)
         low, high, w = t.floor().long(), t.ceil().long(), t.frac()
-        log_sigmas = self.log_sigmas.to(t.device)
+        log_sigmas = self._table("log_sigmas", t.device)
         return ((1 - w) * log_sigmas[low] + w * log_sigmas[high]).exp()
 
     def sample(self, n: int, rng: torch.Generator, low: float = 0.02, high: float = 0.98) -> Tensor:
         count = len(self.sigmas)
         t = torch.randint(int(low * count), int(high * count), (n,), generator=rng, device=rng.device)
-        return self.sigmas.to(rng.device)[t]
+        return self._table("sigmas", rng.device)[t]
 
 
 def zero_terminal(alphas_cumprod: Tensor) -> Tensor:

@@ -3,11 +3,15 @@
 import importlib
 import json
 import sys
-from dataclasses import replace
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dmd_core import train
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "bench" / "results").glob("*.json"))
@@ -18,7 +22,7 @@ TIMES = ("_ms", "seconds", "s per", "milliseconds")  # in the name of a column
 def bench(monkeypatch):
     """The package beside dmd_core; the root must not stay on the path, where nodes/ would shadow ComfyUI's nodes.py."""
     monkeypatch.syspath_prepend(str(ROOT))
-    for name in ("cuda", "models", "page", "record", "training"):
+    for name in ("cuda", "memory", "models", "page", "record", "training"):
         importlib.import_module(f"bench.{name}")
     yield sys.modules["bench"]
     for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
@@ -61,19 +65,7 @@ def test_a_ratio_is_that_of_the_work(bench):
 
 def test_both_sides_of_the_training_table_train_the_same_network(bench):
     training = bench.training
-    size = replace(
-        training.SMALL["sd15"],
-        build=lambda: bench.models.unet(
-            block_out_channels=(32, 32),
-            layers_per_block=1,
-            attention_head_dim=4,
-            cross_attention_dim=16,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        ),
-        shape=(4, 8, 8),
-        width=16,
-    )
+    size = bench.models.TINY["sd15"]
     ours, plain = training.Ours(size, 1, rank=2), training.ThreeCopies(size, 1)
     x, sigma = torch.randn(1, *size.shape), torch.full((1,), 3.0)
     # before the first update both students are the teacher
@@ -96,3 +88,134 @@ def test_without_a_gpu_the_cuda_tier_writes_nothing(bench, monkeypatch, tmp_path
     with pytest.raises(SystemExit, match="not run"):
         bench.cuda.main()
     assert not list(tmp_path.iterdir())
+
+
+# --- memory on paper
+
+
+def test_what_is_counted_on_paper_is_what_a_run_keeps(bench):
+    size, rank = bench.models.TINY["flux"], 2
+    ours = bench.training.Ours(size, 1, rank=rank)
+    ours.update()
+    plan = bench.memory.kept(size.net("meta"), rank, base_bytes=4)
+    steps = 4 * sum(len(o.state) for o in ours.state.optimizers.values())  # AdamW counts per tensor, in fp32
+    buffers = bench.record.tensor_bytes(list(ours.net.buffers()))
+    assert ours.kept() == plan.base + plan.trained + plan.optimizer + steps + buffers
+    assert plan.averages == plan.trained // 2  # the student's
+    eight = bench.memory.kept(size.net("meta"), rank, 4, eight_bit=True)
+    assert eight.optimizer * 4 == plan.optimizer  # control
+
+
+# --- the CUDA tier, where there is no CUDA
+
+
+def test_a_row_that_fails_says_how_and_costs_no_other(bench):
+    tier = bench.cuda.Tier.dry()
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def broken():
+        raise RuntimeError("no kernel\nfor this")
+
+    assert tier.attempt(full, 60) == "does not fit"
+    assert "RuntimeError" in tier.attempt(broken, 60)
+    assert "no kernel" in tier.attempt(broken, 60)
+    assert tier.attempt(lambda: time.sleep(30), 0.1).startswith("not run: over")
+    assert tier.attempt(lambda: 5, 60) == 5
+    tier.budget_s = 10
+    assert tier.attempt(lambda: 5, 60) == "not run"
+
+
+@pytest.mark.slow
+def test_the_cuda_tier_goes_through_all_of_its_rows_on_a_cpu(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.record, "RESULTS", tmp_path / "never")
+    tier = bench.cuda.Tier.dry()
+    tier.budget_s = 3600
+    sampling, training = bench.cuda.go(tier, lambda table: table.write("cpu", "dry", tmp_path))
+    written = json.loads((tmp_path / "sampling.cpu.json").read_text())["rows"]
+    assert written == sampling.rows
+    assert not (tmp_path / "never").exists()
+    # two networks, eager and compiled: sampler, text, both decoders, both whole images
+    assert len(sampling.rows) == 4 * 6
+    assert all(row["ours_ms"] > 0 for row in sampling.rows)
+    assert [row["network"] for row in training.rows] == ["sd15", "sdxl", "sd3", "flux"]
+    for row in training.rows:
+        assert row["ours, s per update"] > 0
+        assert row["three copies, s per update"] > 0
+        assert row["speed"] > 0
+
+
+class Elsewhere(TorchDispatchMode):
+    """Notes what would make a host wait for its device, and refuses operands on two devices. The device is "meta"."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to = kwargs.get("device")
+        where = {v.device.type for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor) and v.ndim}
+        if func is torch.ops.aten._to_copy.default and to is not None and to.type not in where:
+            self.copies += 1
+        elif len(where) > 1:
+            raise RuntimeError(f"{func} of tensors on {sorted(where)}")
+        return func(*args, **kwargs)
+
+
+class Generator(torch.Generator):
+    """One that says it is on the device; nothing is drawn there."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+    def __init__(self, device="cpu"):
+        self.where = torch.device(device)
+
+    @property
+    def device(self):
+        return self.where
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """reads: how often a value was asked for on the host."""
+    reads = []
+
+    def read(self):
+        reads.append(1)
+        return 0
+
+    def refuse(name, terms, norm, step):
+        torch.stack([v.isfinite() for v in (*terms.values(), norm)])
+        reads.append(1)  # .tolist()
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch.Tensor, "__int__", read)
+    monkeypatch.setattr(torch.Tensor, "__float__", read)
+    monkeypatch.setattr(train, "refuse_nonfinite", refuse)
+    monkeypatch.setattr(train, "numbers", lambda values: reads.append(1) or {})
+    return reads
+
+
+@pytest.mark.parametrize("name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd15", "sdxl", "sd3"))])
+def test_a_training_step_lives_on_the_device_and_waits_for_it_once_per_update(bench, elsewhere, name):
+    size, training = bench.models.TINY[name], bench.training
+    for side in (training.Ours(size, 1, "meta", rank=2), training.ThreeCopies(size, 1, "meta")):
+        side.update()  # tables of the schedule go to the device in the first step
+        elsewhere.clear()
+        with Elsewhere() as seen:
+            side.update()
+        assert seen.copies == 0
+        # six updates, then losses and norms for the report; the published loop reads nothing
+        assert len(elsewhere) == (8 if isinstance(side, training.Ours) else 0)
+
+
+def test_control_another_device_would_be_noticed(bench, elsewhere):
+    size = bench.models.TINY["flux"]
+    with pytest.raises(RuntimeError, match="cpu"), Elsewhere():
+        size.net("meta")(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8, device="meta"))
+    with Elsewhere() as seen:
+        torch.zeros(3).to("meta")
+    assert seen.copies == 1

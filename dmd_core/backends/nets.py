@@ -42,14 +42,16 @@ def call_flux(net: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
             )
         guidance = cond.extras["guidance"].to(x)
     rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    # made in place: a copy to a GPU would make the host wait. fp32: positions above 256 are not exact in bf16
+    axes = (torch.arange(n, device=x.device, dtype=torch.float32) for n in (rows, columns))
+    row, column = torch.meshgrid(*axes, indexing="ij")
     image_ids = torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
     out = net(
         rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
         cond.cross.to(x),
         pooled(cond, x),
         t / 1000,
-        image_ids.to(x.device, torch.float32),  # positions above 256 are not exact in bf16
+        image_ids,
         torch.zeros(cond.cross.shape[1], 3, device=x.device),
         guidance,
         return_dict=False,

@@ -113,12 +113,14 @@ def student_input(
     Backward simulation (DMD2 sec. 4.5) walks there without gradient from pure noise; otherwise the batch's latents are
     noised, and pure noise takes their place at the first level, so that no signal leaks in.
     """
-    levels = torch.tensor(sigmas, dtype=dtype, device=rng.device)
-    k = int(torch.randint(len(sigmas), (1,), generator=rng, device=rng.device))
+    drawn = torch.randint(len(sigmas), (1,), generator=rng, device=rng.device)
+    k = int(drawn) if len(sigmas) > 1 else 0  # reading it makes the host wait for the device
     z = gaussian(batch.shape, rng, dtype)
     if k and not simulate:
-        return add_noise(
-            student.schedule, batch.clean("starting from noised data").to(z), z, levels[k].expand(len(z))
-        ), k
-    x = start(student.schedule, z, levels[0])
-    return sample_restart(student, x, levels[: k + 1], batch.cond, rng, gamma) if k else x, k
+        level = torch.full((len(z),), sigmas[k], dtype=dtype, device=z.device)
+        return add_noise(student.schedule, batch.clean("starting from noised data").to(z), z, level), k
+    x = start(student.schedule, z, torch.full((len(z),), sigmas[0], dtype=dtype, device=z.device))
+    if not k:
+        return x, 0
+    levels = torch.tensor(sigmas[: k + 1], dtype=dtype, device=rng.device)
+    return sample_restart(student, x, levels, batch.cond, rng, gamma), k
