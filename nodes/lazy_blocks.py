@@ -94,8 +94,9 @@ def patch_of(net: Any) -> tuple[int, int, int]:
 class Pass:
     """What one forward pass computes, reads and keeps; tokens are counted over the whole image stream.
 
-    plan(n) is asked once, with the stream's length (references and padding included), and returns the rows to compute
-    (None: all). read(slot) gives context keys and values to attend to; keep(slot, k, v) is given the computed rows.
+    plan(n) is asked once, with the stream's length (references and padding included), and returns the rows to compute:
+    [n], or [b n] where every sample has its own; None: all. read(slot) gives context keys and values to attend to;
+    keep(slot, k, v) is given the computed rows.
     """
 
     plan: Callable[[int, torch.device], Tensor | None]
@@ -109,10 +110,11 @@ class Pass:
         self._site: tuple[int, Site] | None = None
         self._call = 0
         self._ropes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._repeating = False
 
     @property
     def count(self) -> int:
-        return self.total if self.rows is None else len(self.rows)
+        return self.total if self.rows is None else self.rows.shape[-1]
 
     @contextmanager
     def hooked(self, sites: list[Site]) -> Iterator[None]:
@@ -133,7 +135,7 @@ class Pass:
             if self.rows is None:
                 return None
             if site.first:
-                values[site.image] = values[site.image].index_select(1, self._behind(values[site.image].shape[1]))
+                values[site.image] = pick(values[site.image], 1, self._behind(values[site.image].shape[1]))
             if site.rope is not None and values.get(site.rope) is not None:
                 values[site.rope] = self._rope(values[site.rope], site.rope_axis)
             return tuple(values[i] for i in range(len(args))), {k: values[k] for k in kwargs}
@@ -148,7 +150,8 @@ class Pass:
             part = result if site.output is None else result[site.output]
             length = part.shape[1] - self.count + self.total
             whole = part.new_zeros(part.shape[0], length, *part.shape[2:])
-            whole.index_copy_(1, self._behind(length), part)
+            where = self._behind(length).expand(len(part), -1)[..., None].expand_as(part)
+            whole = whole.scatter(1, where, part)
             if site.output is None:
                 return whole
             return tuple(whole if i == site.output else value for i, value in enumerate(result))
@@ -158,14 +161,28 @@ class Pass:
     def _behind(self, length: int) -> Tensor:
         """All text rows, which come first, then the chosen image rows."""
         assert self.rows is not None
-        text = length - self.total
-        return torch.cat([torch.arange(text, device=self.rows.device), text + self.rows])
+        text = torch.arange(length - self.total, device=self.rows.device)
+        return torch.cat([text.expand(*self.rows.shape[:-1], -1), len(text) + self.rows], -1)
 
     def _rope(self, rope: Tensor, axis: int) -> Tensor:
         if id(rope) not in self._ropes:
             # the full one is kept too, or its id could be given to another
-            self._ropes[id(rope)] = (rope, rope.index_select(axis, self._behind(rope.shape[axis])))
+            self._ropes[id(rope)] = (rope, pick(rope, axis, self._behind(rope.shape[axis])))
         return self._ropes[id(rope)][1]
+
+    @contextmanager
+    def again(self, place: tuple[int, Site] | None) -> Iterator[None]:
+        """A checkpointed block runs once more in backward, without its hooks; place: where the pass was then."""
+        before = self._site, self._call, self._repeating
+        self._site, self._call, self._repeating = place, 0, True
+        try:
+            yield
+        finally:
+            self._site, self._call, self._repeating = before
+
+    @property
+    def place(self) -> tuple[int, Site] | None:
+        return self._site
 
     def attention(self, before: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
         """For transformer_options["optimized_attention_override"]; `before` is what another pack had put there."""
@@ -189,8 +206,18 @@ class Pass:
         k, v = (rows.flatten(2) if flat else rows for rows in (k, v))
         own = k.shape[-2] - self.count
         self.text = max(self.text, own)
-        self.keep(slot, k[..., own:, :], v[..., own:, :])
+        if not self._repeating:
+            self.keep(slot, k[..., own:, :], v[..., own:, :])
         more = self.read(slot)
         if more is None:
             return k, v
         return torch.cat([k, more[0].to(k)], -2), torch.cat([v, more[1].to(v)], -2)
+
+
+def pick(values: Tensor, axis: int, index: Tensor) -> Tensor:
+    """These places of an axis; index: [n], or [b n] of a tensor whose first axis is the batch (or 1)."""
+    if index.ndim == 1:
+        return values.index_select(axis, index)
+    shape = [len(index), *(1 for _ in range(values.ndim - 1))]
+    shape[axis] = index.shape[1]
+    return torch.take_along_dim(values, index.reshape(shape), axis)

@@ -319,7 +319,7 @@ def test_no_seam_on_a_smooth_picture_and_one_where_colours_are_not_matched():
 
 
 def test_masks_are_binary_reproducible_and_stratified_by_area(rng):
-    config = inpaint.MaskConfig(outpaint=0, all=0, boxes=0)
+    config = inpaint.MaskConfig(outpaint=0, crops=0, all=0, boxes=0)
     drawn = inpaint.draw_masks(32, 64, 64, rng, config)
     assert set(drawn.unique().tolist()) <= {0.0, 1.0}
     again = inpaint.draw_masks(32, 64, 64, torch.Generator().manual_seed(0), config)

@@ -7,8 +7,9 @@ from .bank import Bank, BankFull
 from .composite import composite, fade, match_ring
 from .crop import Box, box_of, crops, merged, paste
 from .masks import binary, check, dilate, fill_holes, islands, ring, soften, stabilise
+from .partial import Filler, OnCanvas, Partial
 from .prefill import PREFILLS, prefill
-from .strokes import MaskConfig, draw_masks
+from .strokes import MaskConfig, draw_holes, draw_masks
 from .tokens import Tokens, dense_steps, run_cost, select, step_cost, token_mask
 
 __all__ = [
@@ -16,7 +17,10 @@ __all__ = [
     "Bank",
     "BankFull",
     "Box",
+    "Filler",
     "MaskConfig",
+    "OnCanvas",
+    "Partial",
     "Tokens",
     "binary",
     "box_of",
@@ -25,6 +29,7 @@ __all__ = [
     "crops",
     "dense_steps",
     "dilate",
+    "draw_holes",
     "draw_masks",
     "fade",
     "fill_holes",

@@ -41,7 +41,7 @@ def select(touched: Tensor, ring: int = 1, multiple: int = 64) -> Tokens:
     if not touched.any():
         none = torch.zeros_like(touched).flatten()
         return Tokens(none, none)
-    distance = _rings(touched)
+    distance = rings(touched)
     computed = distance <= ring
     missing = (-int(computed.sum())) % multiple
     if missing:
@@ -51,7 +51,7 @@ def select(touched: Tensor, ring: int = 1, multiple: int = 64) -> Tokens:
     return Tokens(computed.flatten(), touched.flatten())
 
 
-def _rings(touched: Tensor) -> Tensor:
+def rings(touched: Tensor) -> Tensor:
     """Rings to the nearest touched token (Chebyshev), within each frame; a frame without any is far away."""
     t, h, w = touched.shape
     far = h + w + t

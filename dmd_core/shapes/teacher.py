@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -113,18 +114,26 @@ class JointBlock(nn.Module):
         self.context_block, self.x_block = Stream(width, last), Stream(width)
         self.last = last
 
-    def forward(self, text: Tensor, image: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text: Tensor, image: Tensor, vector: Tensor, more: Tensor | None = None, kept: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """more: keys and values of picture tokens that are not in `image`; those of `image` are put into kept."""
         said, text_rest = self.context_block.before(text, vector)
         shown, image_rest = self.x_block.before(image, vector)
-        seen = attend(torch.cat([said, shown], 1))
+        if kept is not None:
+            kept.append(shown[..., image.shape[-1] :])
+        seen = attend(torch.cat([said, shown], 1), more)
         if not self.last:
             text = self.context_block.after(text, seen[:, : text.shape[1]], text_rest)
         return text, self.x_block.after(image, seen[:, text.shape[1] :], image_rest)
 
 
-def attend(qkv: Tensor) -> Tensor:
+def attend(qkv: Tensor, more: Tensor | None = None) -> Tensor:
+    """more: further keys and values [b m 2w]."""
     # written out: for some thirty tokens the fused kernel's backward costs a CPU four times as much
     q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, d=HEAD)
+    if more is not None:
+        k, v = torch.cat([torch.stack([k, v]), rearrange(more, "b m (two h d) -> two b h m d", two=2, d=HEAD)], -2)
     scores = q @ k.transpose(-1, -2) * HEAD**-0.5
     return rearrange(scores.softmax(-1).to(v.dtype) @ v, "b h n d -> b n (h d)")
 
@@ -153,7 +162,7 @@ class Teacher(nn.Module):
         self.final_layer = FinalLayer(width, 4 * CHANNELS)
         self.register_buffer("pos_embed", positions(width))
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, part: "Part | None" = None) -> Tensor:
         if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] % 2 or x.shape[3] % 2 or max(x.shape[2:]) > 2 * GRID:
             raise ValueError(
                 f"latent is {list(x.shape)}; the shapes teacher takes [b 16 h w], h and w even (pixels / 8), "
@@ -163,15 +172,30 @@ class Teacher(nn.Module):
         image = self.x_embedder(x) + self.places(rows, columns).to(x.dtype)
         text = self.context_embedder(tokens.to(x.dtype))
         vector = self.t_embedder(times(t).to(x.dtype)) + self.y_embedder(pooled.to(x.dtype))
-        for block in self.joint_blocks:
-            text, image = block(text, image, vector)
+        if part is not None:
+            image = image.take_along_dim(part.rows[..., None], 1)
+        for i, block in enumerate(self.joint_blocks):
+            beside = (None, None) if part is None else (part.context[i] if part.context else None, part.kept)
+            text, image = block(text, image, vector, *beside)
         out = self.final_layer(image, vector)
+        if part is not None:
+            where = part.rows[..., None].expand_as(out)
+            out = out.new_zeros(len(out), rows * columns, out.shape[-1]).scatter(1, where, out)
         return rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=2, q=2)
 
     def places(self, rows: int, columns: int) -> Tensor:
         top, left = (GRID - rows) // 2, (GRID - columns) // 2
         table = rearrange(self.pos_embed, "1 (h w) c -> 1 h w c", h=GRID)
         return table[:, top : top + rows, left : left + columns].flatten(1, 2)
+
+
+@dataclass
+class Part:
+    """Only these picture tokens are computed, attending also to the context; their keys and values end in kept."""
+
+    rows: Tensor  # [b n]
+    context: list[Tensor] | None = None  # per block [b m 2w]
+    kept: list[Tensor] = field(default_factory=list)
 
 
 def initialise(model: Teacher) -> Teacher:
@@ -185,14 +209,29 @@ def initialise(model: Teacher) -> Teacher:
     return model
 
 
-def denoiser(model: nn.Module, dtype: torch.dtype | None = None) -> NetDenoiser:
+def denoiser(model: nn.Module, dtype: torch.dtype | None = None, part: Part | None = None) -> NetDenoiser:
     """The network as the engine sees it; conditions are Cond(tokens, pooled)."""
 
     def net(x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         cond = cond.expand(len(x))  # one negative serves any batch
-        return model(x, (timestep / SCHEDULE.num_timesteps).to(x.dtype), cond.cross, cond.pooled)
+        return model(x, (timestep / SCHEDULE.num_timesteps).to(x.dtype), cond.cross, cond.pooled, part)
 
     return NetDenoiser(net, SCHEDULE, Prediction.FLOW, dtype)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The teacher where only some tokens are computed, as `inpaint.partial` asks for it."""
+
+    model: nn.Module
+    schedule: Flow = SCHEDULE
+    patch: int = 2
+
+    def __call__(
+        self, x: Tensor, sigma: Tensor, cond: Cond, rows: Tensor, context: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        part = Part(rows, context)
+        return denoiser(self.model, part=part)(x, sigma, cond), part.kept
 
 
 def from_state(state: Mapping[str, Tensor]) -> Teacher:
