@@ -1,15 +1,18 @@
-"""python -m bench TABLE | all | cuda | page, from the repository's root. One command per table."""
+"""python -m bench TABLE | all | cuda | reliability | page, from the repository's root. One command per table."""
 
 import sys
 
 import torch
 
-TABLES = ("methods", "training", "memory", "sampling", "inpainting", "sliders", "processes", "scaling", "start")
+TABLES = (
+    *("methods", "training", "memory", "sampling", "guidance", "variety", "inpainting", "sliders", "processes"),
+    *("scaling", "start"),
+)
 
 
 def make(name: str):
     """The table, measured now."""
-    from . import inpainting, memory, methods, processes, sampling, sliders, start, training
+    from . import guidance, inpainting, memory, methods, processes, sampling, sliders, start, training, variety
 
     return {
         "methods": methods.on_cpu,
@@ -17,6 +20,8 @@ def make(name: str):
         "training": lambda: training.on_cpu(done=lambda table: table.write("cpu", "python -m bench training")),
         "memory": memory.on_paper,
         "sampling": sampling.on_cpu,
+        "guidance": guidance.on_cpu,
+        "variety": variety.on_cpu,
         "inpainting": inpainting.on_cpu,
         "sliders": sliders.on_cpu,
         "processes": processes.on_cpu,
@@ -44,11 +49,15 @@ def main(args: list[str]) -> None:
             from .page import write
 
             print(write())
+        case ["reliability", *row] if len(row) < 2:
+            from .reliability import on_cpu
+
+            on_cpu(*row, done=lambda table: print(table.write("cpu", "python -m bench reliability")))
         case [chosen] if chosen in (*TABLES, "all"):
             for name in TABLES if chosen == "all" else args:
                 print(make(name).write("cpu", f"python -m bench {name}"))
         case _:
-            raise SystemExit(f"give one of {', '.join((*TABLES, 'all', 'cuda', 'page'))}")
+            raise SystemExit(f"give one of {', '.join((*TABLES, 'all', 'cuda', 'reliability', 'settings', 'page'))}")
 
 
 main(sys.argv[1:])

@@ -7,7 +7,20 @@ from typing import Any
 from .record import NOT_RUN, RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-ORDER = ("methods", "training", "memory", "sampling", "inpainting", "sliders", "processes", "scaling", "start")
+ORDER = (
+    "methods",
+    "training",
+    "memory",
+    "sampling",
+    "guidance",
+    "variety",
+    "inpainting",
+    "sliders",
+    "processes",
+    "scaling",
+    "start",
+    "reliability",
+)
 CUDA = ("training", "sampling")
 HEAD = """# Benchmarks
 

@@ -22,7 +22,7 @@ TIMES = ("_ms", "seconds", "s per", "milliseconds")  # in the name of a column
 def bench(monkeypatch):
     """The package beside dmd_core; the root must not stay on the path, where nodes/ would shadow ComfyUI's nodes.py."""
     monkeypatch.syspath_prepend(str(ROOT))
-    for name in ("cuda", "memory", "models", "page", "record", "training"):
+    for name in ("cuda", "memory", "models", "page", "record", "reliability", "training"):
         importlib.import_module(f"bench.{name}")
     yield sys.modules["bench"]
     for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
@@ -104,6 +104,23 @@ def test_what_is_counted_on_paper_is_what_a_run_keeps(bench):
     assert plan.averages == plan.trained // 2  # the student's
     eight = bench.memory.kept(size.net("meta"), rank, 4, eight_bit=True)
     assert eight.optimizer * 4 == plan.optimizer  # control
+
+
+# --- reliability
+
+
+def test_what_pytest_says_is_what_the_row_says(bench, tmp_path):
+    report = tmp_path / "report.xml"
+    soak = '<testcase name="soak"><properties><property name="growth" value="0.01"/></properties></testcase>'
+    left_out = '<testcase name="c"><skipped/></testcase>'
+    report.write_text(f"<testsuite>{soak}{left_out}</testsuite>")
+    found = bench.reliability.read(report)
+    assert (found["tests"], found["failed"], found["figures"]) == (1, 0, "growth 0.01")
+    report.write_text(f'<testsuite>{soak}<testcase name="b"><failure/></testcase></testsuite>')
+    assert bench.reliability.read(report)["failed"] == "b"
+    report.write_text(f"<testsuite>{left_out}</testsuite>")
+    with pytest.raises(RuntimeError, match="none of the row"):
+        bench.reliability.read(report)
 
 
 # --- the CUDA tier, where there is no CUDA

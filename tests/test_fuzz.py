@@ -43,7 +43,7 @@ def examples(**drawn: Any) -> Any:
     checks = list(HealthCheck)
 
     def decorate(test: Any) -> Any:
-        @pytest.mark.parametrize("tier", ["few", pytest.param("many", marks=pytest.mark.slow)])
+        @pytest.mark.parametrize("tier", ["few", pytest.param("many", marks=[pytest.mark.slow, pytest.mark.endurance])])
         def run(tmp_path: Path, tier: str) -> None:
             few = tier == "few"
             chosen = settings(
@@ -143,7 +143,7 @@ def sound_files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "model", "state", "prompt"])
-@pytest.mark.parametrize("tier", ["few", pytest.param("many", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tier", ["few", pytest.param("many", marks=[pytest.mark.slow, pytest.mark.endurance])])
 def test_bytes_that_were_changed_lost_or_added_do_no_more_harm_than_a_refusal(tmp_path, kind, tier):
     raw = sound_files(tmp_path)[kind]
     head = 8 + struct.unpack("<Q", raw[:8])[0]

@@ -205,7 +205,7 @@ def killed_after(child: int, run: Run, wanted: int, delay: float) -> bool:
 
 @needs_fork
 @pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.endurance])])
 def test_whatever_the_method_a_run_that_is_killed_again_and_again_ends_bit_equal(tmp_path, kind, kills):
     steps, settings = (20 if kills == 5 else 150), replace(OFTEN, snapshot_every=4)
     whole = METHODS[kind]()

@@ -481,7 +481,7 @@ def finish(kind, path, steps):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kind", list(KILLED))
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.endurance])])
 def test_a_run_that_is_killed_again_and_again_ends_bit_equal(tmp_path, kind, kills):
     steps = 20 if kills == 5 else 150
     began = time.monotonic()

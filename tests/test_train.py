@@ -256,7 +256,7 @@ def save_until_killed(path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.endurance])])
 def test_kills_while_saving_always_leave_a_loadable_state(tmp_path, kills):
     path = tmp_path / "state.safetensors"
     TrainState(Tug(), CONFIG).save(path)
