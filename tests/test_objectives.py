@@ -108,6 +108,31 @@ def test_one_sample_does_not_change_the_gradient_of_another():
     assert not torch.equal(grad(x0)[0], grad(other)[0])
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_updates_of_a_step_share_one_generated_sample_when_asked(shared):
+    calls = []
+
+    class Counted(NetDenoiser):
+        def __call__(self, x, sigma, cond):
+            calls.append(cond)
+            return super().__call__(x, sigma, cond)
+
+    student, critic = (copy_of(learned("ring")) for _ in range(2))
+    student = Counted(student.net, student.schedule, student.prediction)
+    config = DMD2Config(sigmas=FOUR, guidance=1.0, critic_updates=3, one_sample=shared)
+    objective = DMD2(TARGET, student, critic, None, named(student), named(critic), config)
+    batches = (Batch(torch.full((8,), i), (8, 2)) for i in range(4))
+    rng = generator(3)
+    for name in objective.turns(0):
+        objective.terms(name, next(batches), rng)
+    prompts = {int(c[0]) for c in calls}
+    assert (prompts == {0}) == shared  # control: without it every update has prompts of its own
+    if shared:
+        walked = len(calls) - 2  # the way there once, then the critic's sample and the student's own pass
+        assert 0 <= walked < len(FOUR)
+    assert objective.sample is None  # the next step draws anew
+
+
 class TinyNet(nn.Module):
     """A two-level convolutional eps network with time and prompt; float64 for exact comparisons."""
 
@@ -588,6 +613,7 @@ def test_trajectory_states_and_targets_are_those_of_the_score(schedule, below, a
         ({"divergence": "js"}, "turn the GAN on"),
         ({"divergence": "chi2"}, "'softened_rkl'"),
         ({"trajectory": True, "backward_simulation": False}, "backward_simulation"),
+        ({"one_sample": True, "student_accumulate": 2}, "accumulate 1 batch"),
     ],
 )
 def test_impossible_settings_are_refused_in_words(change, message):

@@ -66,7 +66,18 @@ class DMD2Config:
     matching_weight: float = 1.0  # of the part that matches the unguided teacher
     synchronise: float = 0.0  # share of the student in the critic's weights after each student update; 0.03 is usual
     divergence: str = "rkl"  # rkl | kl | js | softened_rkl | hellinger; all but rkl need the GAN
+    one_sample: bool = False  # the updates of a step share one generated sample: a quarter fewer passes at 4 steps
     trajectory: bool = False  # deterministic student, matched segment by segment (TDM): sample it with Euler
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the student was given and what it made of it."""
+
+    batch: Batch
+    x: Tensor
+    k: int  # of its level
+    x0: Tensor
 
 
 class DMD2:
@@ -92,6 +103,7 @@ class DMD2:
         check_options(config, negative, discriminator, student_params, critic_params)
         self.teacher, self.student, self.critic, self.negative = teacher, student, critic, negative
         self.config, self.dtype = config, working_dtype(student_params)
+        self.sample: Sample | None = None
         self.discriminator = discriminator if config.gan_weight else None
         # the heads learn with the critic, as published: with features of the critic, its backbone learns from both
         heads = {f"head.{k}": p for k, p in self.discriminator.parameters.items()} if self.discriminator else {}
@@ -105,6 +117,7 @@ class DMD2:
         }
 
     def turns(self, step: int) -> Sequence[str]:
+        self.sample = None
         return ("critic",) * self.config.critic_updates + ("student",)
 
     def updated(self, player: str) -> None:
@@ -115,10 +128,14 @@ class DMD2:
                     self.players["critic"].params[key].lerp_(p, self.config.synchronise)
 
     def terms(self, player: str, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        with torch.set_grad_enabled(player == "student"):
-            x, k = self.input(batch, rng)
-            x0 = self.student(x, self.level(k, x), batch.cond)
-        return (self.critic_terms if player == "critic" else self.student_terms)(x0, batch, rng, x, k)
+        learns, s = player == "student", self.sample
+        if s is None or learns:
+            with torch.set_grad_enabled(learns):
+                x, k = (s.x, s.k) if s else self.input(batch, rng)
+                batch = s.batch if s else batch
+                s = Sample(batch, x, k, self.student(x, self.level(k, x), batch.cond))
+        self.sample = s if self.config.one_sample and not learns else None
+        return (self.student_terms if learns else self.critic_terms)(s.x0, s.batch, rng, s.x, s.k)
 
     def input(self, batch: Batch, rng: torch.Generator) -> tuple[Tensor, int]:
         c = self.config
@@ -216,6 +233,8 @@ def check_options(
         raise ValueError(f"divergence {c.divergence!r} is not known; use one of {', '.join(map(repr, DIVERGENCES))}")
     if c.divergence != "rkl" and not c.gan_weight:
         raise ValueError(f"divergence {c.divergence!r} reads a discriminator; turn the GAN on, or use 'rkl'")
+    if c.one_sample and max(c.student_accumulate, c.critic_accumulate) > 1:
+        raise ValueError("one_sample leaves nothing new to accumulate; turn it off, or accumulate 1 batch")
     if c.trajectory and not c.backward_simulation:
         raise ValueError("a trajectory student walks its own path; turn backward_simulation on")
     shapes = [{k: p.shape for k, p in params.items()} for params in (student, critic)]
