@@ -157,12 +157,12 @@ def strength_beside(inputs: Mapping[str, Any], key: str) -> float:
 def lora_file(name: str, strength: float) -> tuple[Evidence, frozenset[str]]:
     path = folder_paths.get_full_path("loras", name)
     try:
-        header = read_header(path) if path else None
-    except ValueError:
-        header = None
-    if header is None:
+        found = Evidence.look(Path(path), strength) if path else None
+    except (OSError, ValueError):
+        found = None
+    if found is None:
         return Evidence(name=Path(name).name, strength=strength), frozenset()
-    return Evidence.of(header, strength=strength), frozenset(header.shapes)
+    return found, frozenset(found.shapes or {})
 
 
 def texts(graph: Graph, node: str, name: str) -> list[str]:

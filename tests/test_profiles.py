@@ -1,17 +1,23 @@
 """The profile table against independent code, and recognition over every row and over decoys."""
 
+import dataclasses
+import hashlib
 import json
 import math
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import dmd_core.weights.profiles as module
 from dmd_core.families import FAMILIES
 from dmd_core.schedule import Discrete, Flow
+from dmd_core.weights.header import content_hash
 from dmd_core.weights.pairings import Setup, wrong_pairings
 from dmd_core.weights.profiles import DATA, GRIDS, SURE, Evidence, bare_name, profiles, recognise, recognise_file
 from dmd_core.weights.recipe import RECIPE_KEY, Recipe
@@ -386,6 +392,24 @@ def test_every_published_file_is_recognised_and_nothing_else_is(profile, pattern
     assert silent.profile is None or (profile.embedding and silent.profile.id == profile.id)
 
 
+def test_every_file_that_its_authors_name_has_its_profile():
+    text = (Path(__file__).parent / "golden" / "published_files.txt").read_text(encoding="utf-8")
+    rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    assert len(rows) > 100
+    for profile, name in rows:
+        match = recognise_file(Evidence(name=name))
+        assert (match.profile.id if match.profile else match.reason) == profile, name
+    # families that have published no file of a name of their own
+    assert set(ROWS) - {profile for profile, _ in rows} == {
+        "dmd2-sd15-1step",
+        "senseflow-sdxl",
+        "self-forcing-wan",
+        "fastgen-wan",
+        "anyflow",
+        *(f"pcm-{a}-lora" for a in ("sd15-normalcfg", "sd15-lcmlike", "sdxl-smallcfg")),
+    }
+
+
 def test_names_belong_to_one_row_only():
     for profile, pattern in PUBLISHED:
         name = spell(pattern)
@@ -402,6 +426,31 @@ def test_a_known_hash_names_a_file_that_was_renamed(profile):
         assert match.profile == profile.at(steps)
         assert match.sure == "likely"
     assert recognise_file(Evidence(name="pytorch_lora_weights.safetensors", shapes=shapes_for(profile))).profile is None
+
+
+def test_only_a_lora_that_tells_nothing_is_hashed_and_then_recognised(tmp_path, monkeypatch):
+    """The files are small ones of the same shapes, so the list is given their hash."""
+    hashed = []
+    monkeypatch.setattr(module, "content_hash", lambda path: hashed.append(path.name) or content_hash(path))
+
+    def write(name, shapes, metadata=None):
+        path = tmp_path / f"{name}.safetensors"
+        save_file({k: torch.zeros(s, dtype=torch.float16) for k, s in shapes.items()}, path, metadata)
+        return path
+
+    nameless = write("pytorch_lora_weights", unet_lora("sdxl"))
+    digest = hashlib.sha256(nameless.read_bytes()).hexdigest()
+    assert recognise_file(Evidence.look(nameless)).profile is None
+    known = dataclasses.replace(ROWS["tcd-sdxl-lora"], sha256={digest: 4})
+    monkeypatch.setitem(profiles(), "tcd-sdxl-lora", known)
+    assert recognise_file(Evidence.look(nameless)).profile == known
+    hashed.clear()
+    Evidence.look(write("lcm-lora-sdxl", unet_lora("sdxl")))
+    Evidence.look(write("style", unet_lora("sdxl", fast=False), {"ss_output_name": "style"}))
+    Evidence.look(write("model", unet("sdxl")))
+    assert hashed == []
+    nameless.write_bytes(nameless.read_bytes() + b"\0")  # another file under the same name is looked at again
+    assert content_hash(nameless) != digest
 
 
 def test_steps_and_the_half_of_a_pair_are_read_from_the_name():

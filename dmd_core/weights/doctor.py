@@ -59,7 +59,7 @@ def diagnose(path: str | os.PathLike[str]) -> Diagnosis:
     """Raises header.Refused for a file that should not be opened."""
     header = read_header(path)
     structure = identify(header.shapes, header.dtypes)
-    match = recognise_file(Evidence.of(header))
+    match = recognise_file(Evidence.look(Path(path)))
     found = _lora(Path(path), header, structure, match) if structure.kind == "lora" else _model(header, structure)
     order = ("problem", "warning", "note")
     return Diagnosis(

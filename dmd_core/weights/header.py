@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ class Header:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     wrapper: str = ""  # the key a pickled dict was found under
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a whole file, taken once while it stays as it is: a second or two for each gigabyte."""
+    about = path.stat()
+    return _content_hash(path, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=256)
+def _content_hash(path: Path, _changed: int, _size: int) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            sha.update(chunk)
+    return sha.hexdigest()
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
