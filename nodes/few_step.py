@@ -17,6 +17,7 @@ from ..dmd_core.weights.profiles import Evidence, Match, Profile, profiles, reco
 from ..dmd_core.weights.structure import identify
 from .comfy_denoiser import schedule_of
 from .evidence import Graph, evidence, graph_of, sampling_patch, setup, texts, wired
+from .fast_path import OFF, fast_input, faster, tiny_vae, tiny_vae_output
 from .negative_guidance import KEY
 from .sampler import RestartSampler, guider_of, sample_latent
 
@@ -50,6 +51,7 @@ def plan(
     graph: Graph | None = None,
     node: str = "",
     name: str = "model",
+    fast: str = OFF,
     **wiring: Any,
 ) -> Plan:
     """wiring: what else is known of the setup (fields of pairings.Setup), for warnings."""
@@ -71,7 +73,9 @@ def plan(
     known |= {"width": size[0], "height": size[1]} if latent is not None else {}
     strength = match.strength if any(e.name == match.source for e in loras) else None
     warnings = notes + other_family(found, base) + wrong_pairings(found, setup(model, loras, strength, **known))
-    return Plan(model=model, profile=found, sampler=sampler, sigmas=sigmas, why=words(match, found, sigmas, warnings))
+    model, said = faster(model, fast)
+    why = "\n".join([words(match, found, sigmas, warnings), *said])
+    return Plan(model=model, profile=found, sampler=sampler, sigmas=sigmas, why=why)
 
 
 def chosen(profile: str, match: Match) -> Match:
@@ -209,6 +213,7 @@ class FewStep(io.ComfyNode):
                     tooltip="The LATENT that will be sampled. Flux and its relatives want other noise levels for other "
                     "image sizes; without it 1024 x 1024 is assumed.",
                 ),
+                fast_input(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, corrected where its prediction type was set wrong."),
@@ -216,6 +221,7 @@ class FewStep(io.ComfyNode):
                 io.Sigmas.Output(tooltip="The noise levels that it was trained on."),
                 io.Float.Output("cfg", display_name="cfg", tooltip="The cfg that it was trained for; 1 is none."),
                 io.String.Output("why", display_name="why", tooltip="What was recognised, why, and what will hurt."),
+                tiny_vae_output(),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
@@ -228,12 +234,16 @@ class FewStep(io.ComfyNode):
         denoise: float = 1.0,
         profile: str = AUTO,
         latent: Mapping[str, Any] | None = None,
+        fast: str = OFF,
     ) -> io.NodeOutput:
         graph, node = graph_of(cls.hidden)
         wiring = {k: v for k, v in wired(graph, node).items() if k != "steps"} | {"nag": KEY in model.attachments}
-        found = plan(model, latent, steps=steps, denoise=denoise, profile=profile, graph=graph, node=node, **wiring)
+        found = plan(
+            model, latent, steps=steps, denoise=denoise, profile=profile, graph=graph, node=node, fast=fast, **wiring
+        )
+        small = tiny_vae(model, graph, node, 5)
         return io.NodeOutput(
-            found.model, found.sampler, found.sigmas, found.cfg, found.why, ui=ui.PreviewText(found.why)
+            found.model, found.sampler, found.sigmas, found.cfg, found.why, small, ui=ui.PreviewText(found.why)
         )
 
 
@@ -278,10 +288,12 @@ class FewStepSampler(io.ComfyNode):
                     tooltip="What the image should not show. It counts only at a cfg above 1; for models that run at 1 "
                     "use the Negative Guidance node.",
                 ),
+                fast_input(),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The sampled image, for VAE Decode."),
                 io.String.Output("why", display_name="why", tooltip="What was recognised, why, and what will hurt."),
+                tiny_vae_output(),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
@@ -298,16 +310,17 @@ class FewStepSampler(io.ComfyNode):
         cfg: float = 0.0,
         profile: str = AUTO,
         negative: Any = None,
+        fast: str = OFF,
     ) -> io.NodeOutput:
         graph, node = graph_of(cls.hidden)
         wiring = {"negative": bool(texts(graph, node, "negative")), "nag": KEY in model.attachments}
         wiring |= {"cfg": cfg} if cfg else {}
         found = plan(
-            model, latent, steps=steps, denoise=denoise, profile=profile, graph=graph, node=node, **wiring
-        )  # fmt: skip
+            model, latent, steps=steps, denoise=denoise, profile=profile, graph=graph, node=node, fast=fast, **wiring
+        )
         scale = cfg or found.cfg
         if negative is None and not math.isclose(scale, 1.0):
             raise ValueError(f"cfg {scale:g} needs a negative prompt; connect one (an empty text will do) or set cfg 1")
         guider = guider_of(found.model, positive, positive if negative is None else negative, scale)
         out = sample_latent(found.model, guider, found.sampler, found.sigmas, latent, seed)
-        return io.NodeOutput(out, found.why, ui=ui.PreviewText(found.why))
+        return io.NodeOutput(out, found.why, tiny_vae(model, graph, node, 2), ui=ui.PreviewText(found.why))
