@@ -64,10 +64,17 @@ class Latents:
     Latents of one size form a bucket; a batch comes from one bucket, and every latent is equally likely.
     """
 
-    def __init__(self, pool: Cond, latents: Sequence[Tensor], batch: int, seed: int = 0):
+    def __init__(
+        self,
+        pool: Cond,
+        latents: Sequence[Tensor],
+        batch: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
         if len(pool) != len(latents) or not latents:
             raise ValueError(f"{len(latents)} latents were given for {len(pool)} prompts; give one latent for each")
-        self.pool, self.latents, self.batch, self.seed = pool, latents, batch, seed
+        self.pool, self.latents, self.batch, self.seed, self.device = pool, latents, batch, seed, device
         self.buckets: dict[tuple[int, ...], list[int]] = {}
         for i, latent in enumerate(latents):
             self.buckets.setdefault(tuple(latent.shape), []).append(i)
@@ -79,7 +86,7 @@ class Latents:
             first = int(torch.randint(len(self.latents), (1,), generator=rng))
             bucket = torch.tensor(self.buckets[tuple(self.latents[first].shape)])
             index = bucket[torch.randint(len(bucket), (self.batch,), generator=rng)]
-            latents = torch.stack([self.latents[i] for i in index.tolist()])
+            latents = torch.stack([self.latents[i] for i in index.tolist()]).to(self.device)
             yield Batch(self.pool.take(index), tuple(latents.shape), latents)
             cursor += 1
 

@@ -10,8 +10,9 @@ model = "shapes"                     # or a diffusers folder, or a .safetensors 
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from torch import Tensor
 from . import methods, probe
 from .adapters import Adapted, AdapterBank
 from .conditioning import Cond
-from .data import Batch, Prompts
+from .data import Batch, Latents, Prompts
 from .denoiser import Guided
 from .drive import Progress, best_snapshot, drive
+from .inpaint import MaskConfig, draw_holes
+from .inpaint.partial import grid
 from .objectives.dmd2 import DMD2
 from .pairs import Pairs, make_pairs
 from .plan import Plan, plan
@@ -40,10 +43,12 @@ from .sheet import sheet
 from .snapshots import Gallery
 from .sources import Source, load_source
 from .train import mix
+from .weights.checkpoint import base_hash
 from .weights.lora import save_lora
 from .weights.recipe import Recipe
 
 AT_ONCE = 8  # pictures in one call of network and VAE
+SHOWN_HOLES = MaskConfig(least=0.2, most=0.5, all=0.0, crops=0.0)
 
 
 def train_from(path: Path, resume: bool = False, say: Say = print) -> Path:
@@ -83,6 +88,18 @@ class Job:
     method: methods.Made
     processes: Processes
     say: Say
+    pictures: list[Tensor] = field(default_factory=list)  # latents of the user's own, one for each prompt
+
+    def __post_init__(self) -> None:
+        if self.method.needs_pictures and not self.pictures:
+            raise ValueError(
+                f"{self.file.method.name} learns from your own pictures, and there are none: in ComfyUI, choose their "
+                "folder in Encode Prompts"
+            )
+
+    @property
+    def makes_pairs(self) -> bool:
+        return self.method.needs_latents and not (self.method.takes_pictures and self.pictures)
 
     @property
     def first(self) -> bool:
@@ -140,6 +157,7 @@ class Job:
             self.source.net,
             checkpointing=self.file.model.checkpointing,
             batch=self.file.data.batch,
+            first=self.method.settled,
         )
 
     # --- data
@@ -150,7 +168,7 @@ class Job:
 
     def make_pairs(self, count: int = 0) -> None:
         """Those that are not there yet: all, or just the first ones."""
-        if not self.method.needs_latents:
+        if not self.makes_pairs:
             return
         data, folder = self.file.data, self.run.path / "pairs"
         there, wanted = len(list(folder.glob("pairs_*.safetensors"))), min(count or data.pairs, data.pairs)
@@ -165,8 +183,10 @@ class Job:
     def batches(self) -> Any:
         if not self.method.needs_latents:
             return self.prompt_batches()
-        pairs = Pairs(self.run.path / "pairs", self.source.device, self.file.data.seed)
-        return Tuples(pairs) if self.method.tuples else pairs
+        data, device = self.file.data, self.source.device
+        pairs = Pairs(self.run.path / "pairs", device, data.seed) if self.makes_pairs else None
+        found = pairs or Latents(self.pool, self.pictures, data.batch, data.seed, device)
+        return Tuples(found) if self.method.tuples else found
 
     # --- looking
 
@@ -184,32 +204,49 @@ class Job:
         steps = levels(guided, samples.teacher_steps, self.source.device)
         own = torch.tensor([*self.method.sigmas, 0.0], device=self.source.device)
 
-        def draw(denoiser: Any, sigmas: Tensor, gamma: float | None) -> Tensor:
+        def draw(at: Callable[[int], Any], sigmas: Tensor, gamma: float | None) -> list[Tensor]:
+            """at(i): the denoiser of the pictures from number i on"""
             parts = []
             for i in range(0, len(cond), AT_ONCE):
                 rng = torch.Generator(self.source.device).manual_seed(mix(samples.seed, i))
                 part = cond.take(slice(i, i + AT_ONCE))
                 noise = torch.randn((len(part), *self.source.shape), generator=rng, device=rng.device)
+                denoiser = at(i)
                 x = start(denoiser.schedule, noise, sigmas[0])
-                made = (
+                parts.append(
                     sample_euler(denoiser, x, sigmas, part)
                     if gamma is None
                     else sample_restart(denoiser, x, sigmas, part, rng, gamma)
                 )
-                parts.append(decode(made).float().cpu())
-            return torch.cat(parts)
+            return parts
 
+        def shown(parts: list[Tensor]) -> Tensor:
+            return torch.cat([decode(p).float().cpu() for p in parts])
+
+        @cache
+        def canvases() -> list[Tensor]:
+            return draw(lambda _i: guided, steps, None)
+
+        def filled(i: int) -> Any:
+            """The student on pictures of the teacher, a hole in each."""
+            assert self.method.filler is not None
+            canvas = canvases()[i // AT_ONCE]
+            rows, columns = grid(canvas, self.source.partial.patch if self.source.partial else 1)
+            own_rng = torch.Generator().manual_seed(mix(samples.seed, i))
+            return self.method.filler(canvas, draw_holes(len(canvas), rows, columns, own_rng, SHOWN_HOLES))
+
+        student = Guided(self.method.student, self.method.cfg, self.negative)
         return Gallery(
             chosen,
-            lambda: draw(self.method.student, own, self.method.gamma),
-            lambda: draw(guided, steps, None),
+            lambda: shown(draw(filled if self.method.filler else lambda _i: student, own, self.method.gamma)),
+            lambda: shown(canvases() if self.method.filler else draw(lambda _i: guided, steps, None)),
             self.source.features,
         )
 
     def preview(self) -> Callable[[], Image.Image] | None:
         """What a DMD2 update looks at: the student's x0, the teacher's and the critic's of it under noise."""
         objective, decode, batches = self.method.objective, self.source.pictures, self.prompt_batches()
-        if not isinstance(objective, DMD2) or decode is None:
+        if not isinstance(objective, DMD2) or decode is None or self.method.filler:
             return None
         batch = next(batches.seek(0))
         batch = Batch(batch.cond.take(slice(0, 4)), (min(4, batch.shape[0]), *batch.shape[1:]), None)
@@ -221,7 +258,7 @@ class Job:
             x0 = objective.student(x, objective.level(k, x), batch.cond)
             at = objective.probe(x0, rng, objective.config.low, objective.config.high, x, k)
             rows = [decode(v).float().cpu() for v in (x0, *objective.scores(at, batch.cond))]
-            return sheet(rows, ["student", "teacher's x0", "critic's x0"])
+            return sheet(rows, ["student", "the teacher sees", "the critic sees"])
 
         return look if objective.config.backward_simulation else None
 
@@ -241,12 +278,19 @@ class Job:
             sigmas=(*sigmas, 0.0),
             timesteps=tuple(int(t) for t in schedule.timestep(torch.tensor(sigmas)).tolist()) if vp else (),
             gamma=0.0 if self.method.gamma is None else self.method.gamma,
-            trained_cfg=self.method.guidance,
+            cfg=self.method.cfg,
+            trained_cfg=self.method.guidance if self.method.cfg == 1 else None,
             prediction=self.source.denoiser.prediction.value,
             base=Path(self.file.model.path).name,
+            base_hash=self.identity(),
             rank=self.file.lora.rank,
             trained_on=data,
         )
+
+    def identity(self) -> str:
+        """Of the base; from its file where that is one, since a network in memory may have other names."""
+        path = Path(self.file.where) / self.file.model.path
+        return base_hash(path if path.suffix == ".safetensors" and path.is_file() else self.source.net)
 
     def export(self) -> Path | None:
         """The best snapshot as a LoRA file that ComfyUI loads."""
@@ -263,15 +307,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Tuples:
-    """Pairs as rectified flow takes them: (x0, cond, eps)."""
+    """As rectified flow takes them: (x0, cond) of pictures, (x0, cond, eps) of pairs."""
 
-    inner: Pairs
+    inner: Pairs | Latents
 
-    def seek(self, cursor: int) -> Iterator[tuple[Tensor | None, Any, Tensor | None]]:
+    def seek(self, cursor: int) -> Iterator[tuple[Any, ...]]:
         for batch in self.inner.seek(cursor):
-            yield batch.latents, batch.cond, batch.noise
+            yield (batch.latents, batch.cond, *(() if batch.noise is None else (batch.noise,)))
 
-    def __iter__(self) -> Iterator[tuple[Tensor | None, Any, Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return self.seek(0)
 
 

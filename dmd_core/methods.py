@@ -1,19 +1,22 @@
-"""The five methods, put together on one frozen network: which LoRA sets, which heads, which data each of them needs."""
+"""The methods, put together on one frozen network: which LoRA sets, which heads, which data each of them needs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import Adapted, AdapterBank
 from .conditioning import Cond
+from .denoiser import Denoiser
 from .discriminators import Discriminator, FeatureReader
+from .inpaint import Filler, OnCanvas
 from .objectives.diffusion2gan import Diffusion2GAN, Perceptual, noise_input
 from .objectives.dmd import DMD
 from .objectives.dmd2 import DMD2
 from .objectives.ladd import LADD
+from .objectives.lazy_inpaint import LazyInpaint
 from .objectives.rectified_flow import RectifiedFlow
 from .runfile import CONFIGS, RunFile
 from .train import Objective
@@ -32,7 +35,12 @@ class Made:
     gamma: float | None = 1.0  # stochasticity of its sampling; None: plain Euler
     guidance: float = 1.0  # of the teacher
     needs_latents: bool = False  # the teacher's noise-latent pairs
+    takes_pictures: bool = False  # latents of the user's own pictures do as well
+    needs_pictures: bool = False  # nothing else does
+    cfg: float = 1.0  # that the student is sampled with
     tuples: bool = False  # batches are (x0, cond, eps)
+    filler: Filler | None = None  # a student that fills holes in canvases
+    settled: int = 0  # the update from which on all cost the same
 
 
 @dataclass
@@ -98,6 +106,44 @@ def dmd2(bench: Bench, cls: type[DMD2] = DMD2) -> Made:
         gamma=None if config.trajectory else config.gamma,
         guidance=config.guidance,
         needs_latents=cls is DMD or bool(config.gan_weight) or not config.backward_simulation,
+        takes_pictures=cls is DMD2,
+    )
+
+
+def lazy_inpaint(bench: Bench) -> Made:
+    net, config = bench.source.partial, bench.config()
+    if net is None:
+        raise ValueError(
+            "lazy inpainting computes some of a transformer's tokens, which this model cannot do here; train Flux, "
+            "SD3, Qwen-Image or Z-Image in ComfyUI, or the embedded shapes. UNets are cropped instead (Prepare Inpaint)"
+        )
+    student, student_params = bench.lora("student")
+    critic, critic_params = bench.lora("critic", bench.file.lora.critic_rank)
+
+    def filler(canvas: Tensor, hole: Tensor) -> Denoiser:
+        return Adapted(OnCanvas(net, canvas, hole), bench.bank, {"student": 1.0})
+
+    objective = LazyInpaint(
+        bench.teacher,
+        filler,
+        critic,
+        bench.negative,
+        student_params,
+        critic_params,
+        config,
+        bench.discriminator(bench.teacher) if config.gan_weight else None,
+        net.patch,
+    )
+    return Made(
+        objective=objective,
+        student=student,
+        sigmas=config.sigmas,
+        gamma=None if config.trajectory else config.gamma,
+        guidance=config.guidance,
+        needs_latents=True,
+        takes_pictures=True,
+        filler=filler,
+        settled=config.adapt,
     )
 
 
@@ -105,7 +151,7 @@ def ladd(bench: Bench) -> Made:
     config = bench.config()
     student, params = bench.lora("student")
     objective = LADD(student, params, bench.discriminator(bench.teacher), config)
-    return Made(objective=objective, student=student, sigmas=config.sigmas, needs_latents=True)
+    return Made(objective=objective, student=student, sigmas=config.sigmas, needs_latents=True, takes_pictures=True)
 
 
 def diffusion2gan(bench: Bench) -> Made:
@@ -129,10 +175,18 @@ def reflow(bench: Bench) -> Made:
     return Made(objective=objective, student=student, sigmas=bench.sigmas, gamma=None, needs_latents=True, tuples=True)
 
 
+def rectified_flow(bench: Bench) -> Made:
+    """The base, fine-tuned on pictures: it keeps its steps and its guidance."""
+    made = reflow(bench)
+    return replace(made, takes_pictures=True, needs_pictures=True, cfg=bench.file.data.pair_guidance)
+
+
 BUILDERS: dict[str, Callable[[Bench], Made]] = {
     "dmd2": dmd2,
     "dmd": lambda bench: dmd2(bench, DMD),
     "ladd": ladd,
     "diffusion2gan": diffusion2gan,
     "reflow": reflow,
+    "lazy_inpaint": lazy_inpaint,
+    "rectified_flow": rectified_flow,
 }

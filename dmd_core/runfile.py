@@ -18,6 +18,7 @@ from .objectives.diffusion2gan import Diffusion2GANConfig
 from .objectives.dmd import DMDConfig
 from .objectives.dmd2 import DMD2Config
 from .objectives.ladd import LADDConfig
+from .objectives.lazy_inpaint import LazyInpaintConfig
 from .objectives.rectified_flow import RectifiedFlowConfig
 from .runs import check_name
 from .train import TrainConfig
@@ -28,8 +29,11 @@ CONFIGS: dict[str, type] = {
     "ladd": LADDConfig,
     "diffusion2gan": Diffusion2GANConfig,
     "reflow": RectifiedFlowConfig,
+    "lazy_inpaint": LazyInpaintConfig,
+    "rectified_flow": RectifiedFlowConfig,
 }
-STEPS = {"dmd": 1, "diffusion2gan": 1}  # one-step methods; the others are made for four
+# one-step methods, and one that keeps the base's steps; the others are made for four
+STEPS = {"dmd": 1, "diffusion2gan": 1, "rectified_flow": 20}
 NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "'none'"}
 
 
@@ -53,6 +57,7 @@ class ModelSettings:
     dtype: str = "bf16"  # of the frozen weights; the shapes world is always fp32
     device: str = "auto"
     size: int = 0  # pixels, each side; 0: the model's own
+    height: int = 0  # where it is not that of a square
     checkpointing: bool = True
     probe: bool = True  # refuse what is no teacher
 

@@ -13,6 +13,7 @@ from .adapters import AdapterBank
 from .conditioning import Cond
 from .denoiser import NetDenoiser
 from .families import Family, by_name, detect
+from .inpaint import Partial
 from .prompts import fingerprint
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Source:
     checkpoint: Callable[[AdapterBank], None]
     pictures: Callable[[Tensor], Tensor] | None = None  # latents -> [n 3 h w] in -1..1
     features: Callable[[Tensor], Tensor] | None = None  # pictures -> [n d], to compare them in
+    partial: Partial | None = None  # the network, some of its tokens at a time
 
 
 def load_source(model: "ModelSettings", device: torch.device) -> Source:
@@ -49,8 +51,11 @@ def shapes_source(model: "ModelSettings", device: torch.device) -> Source:
     net, text = shapes.load_teacher().to(device), shapes.load_text_encoder().to(device)
     autoencoder, recogniser = shapes.load_autoencoder().to(device), shapes.load_recogniser().to(device)
     size = model.size or SHAPES_SIZE
-    if size % 16:
-        raise ValueError(f"[model] size is {size}; the shapes world takes multiples of 16, usually {SHAPES_SIZE}")
+    height = model.height or size
+    if size % 16 or height % 16:
+        raise ValueError(
+            f"[model] size is {size} x {height}; the shapes world takes multiples of 16, usually {SHAPES_SIZE}"
+        )
 
     @torch.no_grad()
     def encode(prompts: Sequence[str]) -> Cond:
@@ -64,14 +69,15 @@ def shapes_source(model: "ModelSettings", device: torch.device) -> Source:
         net=net,
         denoiser=shapes.teacher.denoiser(net),
         family=detect(net),
-        shape=(shapes.teacher.CHANNELS, size // 8, size // 8),
+        shape=(shapes.teacher.CHANNELS, height // 8, size // 8),
         device=device,
         encoder=fingerprint([text]),
         encode=encode,
         free_text=lambda: None,
         checkpoint=lambda bank: None,
         pictures=torch.no_grad()(lambda latents: autoencoder.decode(latents).clamp(-1, 1)),
-        features=features if size == SHAPES_SIZE else None,
+        features=features if size == height == SHAPES_SIZE else None,
+        partial=shapes.teacher.Partial(net),
     )
 
 
@@ -81,18 +87,19 @@ def diffusers_source(model: "ModelSettings", device: torch.device) -> Source:
     path = Path(model.path).expanduser()
     bundle = load(path, device, DTYPES[model.dtype], config=model.config or None, size=model.size or None)
     size = model.size or bundle.native_size
+    height = model.height or size
 
     def encode(prompts: Sequence[str]) -> Cond:
-        return bundle.encode(prompts, size, size)
+        return bundle.encode(prompts, height, size)
 
     has_vae = getattr(bundle.pipeline, "vae", None) is not None
     return Source(
         net=bundle.net,
         denoiser=bundle.denoiser,
         family=family_of(bundle.family, bundle.net),
-        shape=bundle.latent_shape(size, size),
+        shape=bundle.latent_shape(height, size),
         device=device,
-        encoder=fingerprint(bundle.text_encoders(), bundle.family, size),
+        encoder=fingerprint(bundle.text_encoders(), bundle.family, size, height),
         encode=encode,
         free_text=bundle.drop_text_encoders,
         checkpoint=bundle.checkpoint_blocks,

@@ -23,8 +23,11 @@ from ..dmd_core.sources import SHAPES_SIZE, Source
 from ..dmd_core.weights.recipe import Recipe
 from .comfy_conds import conds_from, own
 from .comfy_denoiser import ComfyDenoiser
+from .comfy_partial import partial_of
+from .slider_files import identity
 
 TEXT = "dmd_prompt"  # the prompt itself, among the options of a CONDITIONING entry
+LATENT = "dmd_latent"  # its picture, as the VAE gives it [1 ...], beside it
 SIZES = {"sd15": 512, "sd2": 768}  # pixels; all later families: 1024
 # specific before broad: V_PREDICTION and X0 are EPS too
 PREDICTIONS = (
@@ -42,18 +45,22 @@ class NativeTeacher(ComfyDenoiser):
         return next((p for cls, p in PREDICTIONS if issubclass(kind, cls)), Prediction.EPS)
 
 
-def native_source(teacher: NativeTeacher, family: Family, size: int, texts: list[str], vae: Any = None) -> Source:
+def native_source(
+    teacher: NativeTeacher, family: Family, size: tuple[int, int], texts: list[str], vae: Any = None
+) -> Source:
+    """size: width and height of a picture."""
     return Source(
         net=teacher.net,
         denoiser=teacher,  # type: ignore[arg-type]
         family=family,
-        shape=teacher.latent_shape(size, size),  # type: ignore[arg-type]
+        shape=teacher.latent_shape(*size),  # type: ignore[arg-type]
         device=teacher.device,
         encoder=hashlib.sha256("\n".join(texts).encode()).hexdigest(),
         encode=lambda prompts: refuse_to_encode(),
         free_text=lambda: None,
         checkpoint=lambda bank: None,  # the denoiser does it by itself
         pictures=pictures(teacher, vae),
+        partial=partial_of(teacher),
     )
 
 
@@ -73,7 +80,18 @@ def pool_of(conditioning: list[Any]) -> tuple[list[str], Cond]:
 
 
 def without_text(entry: Any) -> list[Any]:
-    return [entry[0], {k: v for k, v in entry[1].items() if k != TEXT}]
+    return [entry[0], {k: v for k, v in entry[1].items() if k not in (TEXT, LATENT)}]
+
+
+def pictures_of(conditioning: list[Any], teacher: NativeTeacher) -> list[Tensor]:
+    """The pictures that came with the prompts, in the network's space; none, or one for each prompt."""
+    found = [entry[1].get(LATENT) for entry in conditioning]
+    lost = sum(v is None for v in found)
+    if lost == len(found):
+        return []
+    if lost:
+        raise ValueError(f"{lost} of {len(found)} prompts have no picture; give each one in Encode Prompts, or none")
+    return [row for v in found for row in teacher.latent_in(own(v)).cpu()]
 
 
 def one_prompt(conditioning: list[Any]) -> Cond:
@@ -173,6 +191,9 @@ class NativeJob(Job):
 
     def cache(self) -> Encoded:  # type: ignore[override]
         return Encoded(self.prompts, self.pool)
+
+    def identity(self) -> str:
+        return identity(self.source.denoiser.patcher)  # type: ignore[attr-defined]
 
     def recipe(self, data: str) -> Recipe:
         return replace(super().recipe(data), shift=shift_of(self.source.denoiser.schedule, self.source.family))

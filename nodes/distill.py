@@ -12,10 +12,9 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
-from PIL import Image
 
 from ..dmd_core import methods
-from ..dmd_core.drive import DriveConfig, Progress
+from ..dmd_core.drive import DriveConfig
 from ..dmd_core.families import Family, detect
 from ..dmd_core.probe import complaints, probe
 from ..dmd_core.processes import ALONE
@@ -33,25 +32,27 @@ from ..dmd_core.runfile import (
 )
 from ..dmd_core.runs import Run, check_name, locate, open_run
 from ..dmd_core.train import TrainConfig
+from . import live
 from .comfy_denoiser import refuse_untrainable
 from .comfy_probe import check_trainable, is_tested
 from .comfy_source import (
+    LATENT,
     NativeJob,
     NativeTeacher,
     check_prompts,
     file_of,
     native_source,
     one_prompt,
+    pictures_of,
     pool_of,
     student_sigmas,
     usual_size,
 )
 from .config_inputs import run_folder_inputs, widgets
-from .students import Student, curves_of, find_snapshot, image_of, loss_map, mark_of, root, sheet_of
+from .students import Student, curves_of, find_snapshot, loss_map, mark_of, root, sheet_of
 
 PLAN, TRAIN, EXPORT = "plan", "train", "export run file"
 PRECISIONS = ("automatic", "as loaded", "bf16")
-PREVIEW_PIXELS = 768
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "bf16"}  # of a run file; fp16 diverges
 # fields of the engine's settings that are widgets of the same name
 LORA = ("rank", "critic_rank", "layers")
@@ -85,7 +86,12 @@ METHODS: dict[str, tuple[str, str]] = {
         "ladd",
         "student_lr discriminator_lr discriminator_updates noise_mean noise_std early_steps loss r1_weight ema",
     ),
+    "Lazy inpainting": (
+        "lazy_inpaint",
+        "adapt critic_updates student_lr critic_lr ema gamma text_dropout smallest largest whole synchronise",
+    ),
     "Reflow": ("reflow", "lr ema logit_mean logit_std"),
+    "Rectified flow (your pictures)": ("rectified_flow", "lr ema logit_mean logit_std"),
     "DMD v1 (research)": ("dmd", "student_lr critic_lr critic_updates regression_weight ema"),
     "Diffusion2GAN (research)": (
         "diffusion2gan",
@@ -98,7 +104,7 @@ def method_input() -> io.DynamicCombo.Input:
     options = []
     for label, (name, shown) in METHODS.items():
         inputs: list[Any] = []
-        if name not in STEPS:  # the others are one-step methods
+        if name not in STEPS:  # the others have a fixed number
             words = "How many steps the student takes: 4 is the usual choice, 1 and 2 are harder to learn."
             inputs.append(io.Int.Input("steps", default=4, min=1, max=16, tooltip=words))
         words = "The teacher's CFG, as in KSampler; it goes into the student. 0 takes what the family is usually given."
@@ -106,7 +112,9 @@ def method_input() -> io.DynamicCombo.Input:
         options.append(io.DynamicCombo.Option(label, [*inputs, *widgets(CONFIGS[name], shown.split())]))
     tooltip = (
         "DMD2 needs prompts alone and is the one to begin with. LADD and Reflow learn from images that the teacher "
-        "makes first. Those marked research are for comparison."
+        "makes first; LADD and a GAN from your own pictures, where Encode Prompts has some. Lazy inpainting makes a "
+        "LoRA for Lazy Inpaint's mode trained, from either. Rectified flow is no "
+        "distillation: it fine-tunes the model on your pictures. Those marked research are for comparison."
     )
     return io.DynamicCombo.Input("method", options=options, tooltip=tooltip)
 
@@ -140,6 +148,7 @@ def settings_of(model: Any, family: Family, method: Mapping[str, Any], given: Ma
             path=file_of(model) or "unknown",
             dtype=DTYPES.get(model.model.get_dtype_inference(), "fp32"),
             size=given["size"] or usual_size(model, family),
+            height=given.get("height", 0),  # graphs that are older than it
             checkpointing=given["checkpointing"],
             probe=given["check_teacher"],
         ),
@@ -172,7 +181,8 @@ def begin(teacher: NativeTeacher, family: Family, file: RunFile, prompts: Any, n
     """Inside of `with teacher`: everything that a run needs, and whether the MODEL can be trained at all."""
     texts, pool = pool_of(prompts)
     empty = one_prompt(negative)
-    source = native_source(teacher, family, file.model.size, texts, vae)
+    side = file.model.size, file.model.height or file.model.size
+    source = native_source(teacher, family, side, texts, vae)
     check_prompts(source, pool.take(slice(0, 1)), empty)
     if not is_tested(teacher):
         check_trainable(teacher, (1, *source.shape), pool.take(slice(0, 1)))
@@ -180,7 +190,8 @@ def begin(teacher: NativeTeacher, family: Family, file: RunFile, prompts: Any, n
         levels = student_sigmas(teacher.schedule, family, file.method.steps)
         file = replace(file, method=replace(file.method, options={**file.method.options, "sigmas": levels}))
     made = methods.build(file, source, teacher.bank, pool, empty)
-    return NativeJob(file, source, teacher.bank, run, texts, pool, empty, made, ALONE, say)
+    pictures = pictures_of(prompts, teacher) if made.takes_pictures and made.needs_latents else []
+    return NativeJob(file, source, teacher.bank, run, texts, pool, empty, made, ALONE, say, pictures)
 
 
 def train(job: NativeJob) -> None:
@@ -188,17 +199,10 @@ def train(job: NativeJob) -> None:
     bar = comfy.utils.ProgressBar(job.file.train.steps)
     with closing(job.drive()) as steps:
         for progress in steps:
-            bar.update_absolute(progress.step, progress.total, preview(progress))
+            bar.update_absolute(progress.step, progress.total, live.picture(progress, job.run))
             if progress.stop:
                 job.say(f"{progress.stop}, at update {progress.step} of {progress.total}: queue again to go on")
             mm.throw_exception_if_processing_interrupted()
-
-
-def preview(progress: Progress) -> tuple[str, Image.Image, int] | None:
-    picture = progress.preview
-    if picture is None and progress.snapshot is not None and (progress.snapshot / "sheet.png").is_file():
-        picture = Image.open(progress.snapshot / "sheet.png")
-    return None if picture is None else ("JPEG", picture.convert("RGB"), PREVIEW_PIXELS)
 
 
 def plan_words(job: NativeJob) -> str:
@@ -215,7 +219,7 @@ def plan_words(job: NativeJob) -> str:
     return "\n".join([*lines, f"student levels: {levels}; {len(job.prompts)} prompts"])
 
 
-def export(run: Run, file: RunFile, texts: list[str]) -> str:
+def export(run: Run, file: RunFile, texts: list[str], pictured: bool = False) -> str:
     """run.toml and prompts.txt in the run folder, for `python -m dmd_core train`."""
     lost = [t for t in texts if "\n" in t]
     if lost:
@@ -230,6 +234,7 @@ def export(run: Run, file: RunFile, texts: list[str]) -> str:
     )
     path = run.write_text("run.toml", write_run_file(file))
     note = "" if Path(file.model.path).is_file() else " Set [model] path first: this MODEL's file is not known."
+    note += " Pictures do not go with it: there the teacher makes them." if pictured else ""
     return f"{path}\nrun it with: python -m dmd_core train {path.name}, in {path.parent}.{note}"
 
 
@@ -304,6 +309,15 @@ class Distill(io.ComfyNode):
                     advanced=True,
                     tooltip="Refuses few-step and guidance-distilled models, which cannot be distilled again.",
                 ),
+                io.Int.Input(
+                    "height",
+                    **zero,
+                    max=4096,
+                    step=16,
+                    optional=True,
+                    tooltip="Pixels, for pictures that are not square: size is then their width. 0: as size. Your own "
+                    "pictures keep their sizes.",
+                ),
             ],
             outputs=[
                 io.Model.Output("student", display_name="student", tooltip="The model with the best snapshot on it."),
@@ -330,7 +344,8 @@ class Distill(io.ComfyNode):
         file = settings_of(model, family, method, given)
         if given["mode"] == EXPORT:
             run = Run(locate(root(), check_name(file.run.name)))
-            return words_only(export(run, file, pool_of(prompts)[0]), run)
+            pictured = any(LATENT in entry[1] for entry in prompts)
+            return words_only(export(run, file, pool_of(prompts)[0], pictured), run)
         run = open_run(root(), file.run.name, file.run.resume)
         said: list[str] = []
         mm.unload_all_models()  # the text encoder above all
@@ -360,12 +375,11 @@ def words_only(text: str, run: Run) -> io.NodeOutput:
 
 
 def outcome(model: Any, run: Run, said: list[str]) -> io.NodeOutput:
-    report = "\n".join([*said, (run.path / "report.txt").read_text(encoding="utf-8")])
+    report = "\n".join([(run.path / "report.txt").read_text(encoding="utf-8"), *said]).rstrip()
     if not run.snapshots():  # stopped before the first one
-        image = image_of(curves_of(run))
-        blocked = [ExecutionBlocker(None)] * 2
-        return io.NodeOutput(*blocked, loss_map(run), image, report, run.name, ui=ui.PreviewText(report))
+        image, words = live.result(curves_of(run), report)
+        return io.NodeOutput(*[ExecutionBlocker(None)] * 2, loss_map(run), image, report, run.name, ui=words)
     chosen = find_snapshot(run, "best")
-    student, image = Student.at(run, chosen), image_of(sheet_of(run, chosen))
-    shown = {**ui.PreviewImage(image).as_dict(), **ui.PreviewText(report).as_dict()}
-    return io.NodeOutput(student.on(model), student.lora(), loss_map(run), image, report, run.name, ui=shown)
+    student = Student.at(run, chosen)
+    image, words = live.result(sheet_of(run, chosen), report)
+    return io.NodeOutput(student.on(model), student.lora(), loss_map(run), image, report, run.name, ui=words)

@@ -1,6 +1,8 @@
-"""Prompts, encoded once and kept on disk, as conditioning for training."""
+"""Prompts, encoded once and kept on disk, as conditioning for training; with pictures, if there are some."""
 
 import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
+from ..dmd_core import pictures
 from ..dmd_core.conditioning import Cond, cat
 from ..dmd_core.prompts import MASK, PromptCache, parse_prompts, read_prompts
 from .comfy_conds import conditioning_from, conds_from
-from .comfy_source import TEXT, pool_of
+from .comfy_source import LATENT, TEXT, pool_of
 from .students import root
 
 NONE = "none"
@@ -24,6 +27,57 @@ def files() -> list[str]:
     """Text files in ComfyUI's input folder."""
     folder = Path(folder_paths.get_input_directory())
     return [NONE, *sorted(p.name for p in folder.glob("*.txt") if p.is_file())]
+
+
+def folders() -> list[str]:
+    return [NONE, *sorted(folder_paths.get_input_subfolders())]
+
+
+def folder_at(name: str) -> Path:
+    """A folder inside of ComfyUI's input folder, wherever a graph says it is."""
+    top = Path(folder_paths.get_input_directory()).resolve()
+    path = (top / name).resolve()
+    if not path.is_relative_to(top) or not path.is_dir():
+        raise ValueError(f"{name!r} is no folder in ComfyUI's input folder {top}; put the pictures into one there")
+    return path
+
+
+def encoded_pictures(vae: Any, name: str, size: int) -> tuple[list[str], list[Any]]:
+    """Captions and latents of a folder of pictures."""
+    if vae is None:
+        raise ValueError("pictures need the VAE of the model to become latents; connect it")
+    found = pictures.listed(folder_at(name))
+    bar, latents = comfy.utils.ProgressBar(len(found)), []
+    for picture in found:
+        mm.throw_exception_if_processing_interrupted()
+        latents.append(vae.encode(pictures.read(picture.path, size)).cpu())
+        bar.update(1)
+    return [p.caption for p in found], latents
+
+
+def refuse_besides(text: str, file: str, *others: list[Any]) -> None:
+    if text.strip() or file != NONE or any(others):
+        raise ValueError(
+            "a folder of pictures brings its own prompts, the captions; empty prompts and file, and connect neither "
+            "conditioning nor latents, or set folder to none"
+        )
+
+
+def with_pictures(entries: list[Any], latents: list[Any]) -> list[Any]:
+    if latents and len(entries) != len(latents):
+        raise ValueError(
+            f"{len(latents)} latents came with {len(entries)} prompts; give one prompt for each, in their order"
+        )
+    return (
+        [[cross, {**more, LATENT: x}] for (cross, more), x in zip(entries, latents, strict=True)]
+        if latents
+        else entries
+    )
+
+
+def buckets(latents: list[Any]) -> str:
+    counted = Counter(f"{x.shape[-1]} x {x.shape[-2]}" for x in latents)
+    return ", ".join(f"{n} of {size}" for size, n in counted.most_common())
 
 
 def gather(text: str, file: str) -> list[str]:
@@ -105,7 +159,32 @@ class EncodePrompts(io.ComfyNode):
                     optional=True,
                     tooltip="Prompts that are encoded already (several: Conditioning Combine); added to the others.",
                 ),
+                io.Combo.Input(
+                    "folder",
+                    options=folders(),
+                    default=NONE,
+                    optional=True,
+                    tooltip="Your own pictures: a folder in ComfyUI's input folder, captions in text files of the same "
+                    "names. For LADD, a GAN, or fine-tuning. They are put into buckets by their shape.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=1024,
+                    min=64,
+                    max=4096,
+                    step=16,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of these pictures, in pixels: the side of a square of the same area.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="For the pictures of the folder: the VAE of the model."),
+                io.Latent.Input(
+                    "latents",
+                    optional=True,
+                    tooltip="Pictures that are encoded already, a batch or a list; with one prompt for each, in order.",
+                ),
             ],
+            is_input_list=True,
             outputs=[
                 io.Conditioning.Output(
                     "prompts_out", display_name="prompts", tooltip="For Distill. One entry per prompt."
@@ -115,23 +194,39 @@ class EncodePrompts(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str = NONE, **_inputs: Any) -> str:
-        path = Path(folder_paths.get_input_directory()) / Path(file or NONE).name
-        return str(path.stat().st_mtime_ns) if path.is_file() else ""
+    def fingerprint_inputs(cls, file: Any = None, folder: Any = None, **_inputs: Any) -> str:
+        top = Path(folder_paths.get_input_directory())
+        name, place = ((v or [NONE])[0] for v in (file, folder))
+        inside = sorted(folder_at(place).iterdir()) if place != NONE else []
+        read = [p for p in (top / Path(name).name, *inside) if p.is_file()]
+        return " ".join(f"{p.name} {p.stat().st_mtime_ns}" for p in read)
 
     @classmethod
     def execute(
         cls,
-        clip: Any,
-        prompts: str,
-        file: str = NONE,
-        negative: str = "",
-        conditioning: list[Any] | None = None,
+        clip: list[Any],
+        prompts: list[str],
+        file: Sequence[str] = (NONE,),
+        negative: Sequence[str] = ("",),
+        conditioning: Sequence[list[Any]] = (),
+        folder: Sequence[str] = (NONE,),
+        size: Sequence[int] = (1024,),
+        vae: Sequence[Any] = (None,),
+        latents: Sequence[Mapping[str, Any]] = (),
     ) -> io.NodeOutput:
-        wanted = gather(prompts, file) if prompts.strip() or file != NONE or not conditioning else []
-        given = list(conditioning or [])
+        """Every input is a list, so that nodes which give lists (training sets) can be connected."""
+        given = [entry for one in conditioning for entry in one]
+        shown = [row[None].cpu() for one in latents for row in one["samples"]]
+        text, (file_name,), (folder_name,) = "\n".join(prompts), file, folder
+        if folder_name != NONE:
+            refuse_besides(text, file_name, given, shown)
+            wanted, shown = encoded_pictures(vae[0], folder_name, size[0])
+        else:
+            some = text.strip() or file_name != NONE or not given
+            wanted = gather(text, file_name) if some else []
         with torch.no_grad():
-            found = encoded(clip, [*wanted, negative])
-            pool_of([*found[:-1], *given])  # says now what would not fit together
-        text = f"{len(wanted) + len(given)} prompts, encoded"
-        return io.NodeOutput([*found[:-1], *given], found[-1:], ui=ui.PreviewText(text))
+            found = encoded(clip[0], [*wanted, negative[0]])
+            entries = with_pictures([*found[:-1], *given], shown)
+            pool_of(entries)  # says now what would not fit together
+        text = f"{len(entries)} prompts, encoded" + (f", with {len(shown)} pictures: {buckets(shown)}" if shown else "")
+        return io.NodeOutput(entries, found[-1:], ui=ui.PreviewText(text))

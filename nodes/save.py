@@ -1,23 +1,30 @@
 """A student of a run as a file: a LoRA that says how it is sampled, or a whole model with it merged in."""
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
+from PIL import Image
 
 from ..dmd_core.runs import Run
+from ..dmd_core.sheet import sheet
 from ..dmd_core.sliders.card import words
 from ..dmd_core.weights.checkpoint import merge_file
 from ..dmd_core.weights.lora import DTYPES, save_lora
-from .comfy_source import file_of
+from .comfy_denoiser import schedule_of
+from .comfy_source import file_of, student_sigmas, usual_size, without_text
+from .grid import picture_row
+from .sampler import RestartSampler
 from .slider_run import Written, written
-from .students import BEST, Student, find_run, find_snapshot, mark_of
+from .students import BEST, Student, find_run, find_snapshot, image_of, mark_of, sheet_of
 
 LORA, MERGED, ALL = "LoRA", "merged model", "all"
+STRENGTHS, CELL = (0.5, 0.75, 1.0, 1.25), 256  # of the grid; pixels of a cell
 FOLDERS = {LORA: "loras", MERGED: "diffusion_models"}
 
 
@@ -53,6 +60,24 @@ def save_merged(model: Any, name: str, lora: Path) -> Path:
     if "checkpoints" in Path(base).parts:  # the merged file keeps text encoders and VAE, so it belongs beside others
         folder = folder_paths.get_folder_paths("checkpoints")[0]
     return merge_file(folder, name, base, lora)
+
+
+def steps_by_strengths(student: Student, model: Any, prompts: list[Any], vae: Any) -> Image.Image:
+    """The first prompt with one seed: rows are steps around those that it was made for, columns strengths."""
+    r, conds = student.recipe, [without_text(prompts[0])]
+    if r.cfg != 1:
+        raise ValueError("steps and strengths are drawn of few-step students, and this one needs cfg; unplug prompts")
+    schedule = schedule_of(model.get_model_object("model_sampling"))
+    side = usual_size(model, student.family) // 8
+    latent = {"samples": torch.zeros(1, 4, side, side), "downscale_ratio_spacial": 8}
+    models, rows = [student.on(model, s) for s in STRENGTHS], {}
+    for n in sorted({max(1, r.steps // 2), r.steps, 2 * r.steps}):
+        levels = r.sigmas if n == r.steps else (*student_sigmas(schedule, student.family, n), 0.0)
+        sampler = RestartSampler(levels[:-1], [r.gamma] * n, top=levels[0])
+        chosen = [(m, sampler, torch.tensor(levels), 1.0, "") for m in models]
+        images = [picture_row(c, (conds, conds), latent, vae, [0])[0] for c in chosen]
+        rows[f"{n} step{'s' * (n > 1)}"] = torch.cat(images)
+    return sheet(list(rows.values()), list(rows), [f"strength {s:g}" for s in STRENGTHS], CELL)
 
 
 def chosen_sliders(found: Sequence[Written], which: str) -> list[tuple[int, Written]]:
@@ -131,10 +156,21 @@ class Save(io.ComfyNode):
                     "1, 3. Each becomes a LoRA of its own.",
                     advanced=True,
                 ),
+                io.Conditioning.Input(
+                    "prompts",
+                    optional=True,
+                    tooltip="With the base model and a VAE: the first prompt is drawn in several steps and strengths.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="For that picture."),
             ],
             outputs=[
                 io.String.Output("path", display_name="path", tooltip="Of the file that was written."),
                 io.String.Output("card", display_name="card", tooltip="Model-card text."),
+                io.Image.Output(
+                    "sheet",
+                    display_name="sheet",
+                    tooltip="Steps x strengths where prompts, model and VAE are connected, else the contact sheet.",
+                ),
             ],
             is_output_node=True,
         )
@@ -153,7 +189,11 @@ class Save(io.ComfyNode):
         dtype: str = "fp16",
         model: Any = None,
         sliders: str = ALL,
+        prompts: list[Any] | None = None,
+        vae: Any = None,
     ) -> io.NodeOutput:
+        if prompts is not None and (model is None or vae is None):
+            raise ValueError("a picture of steps and strengths needs prompts, model and vae; connect all three or none")
         if what == MERGED and model is None:
             raise ValueError("a merged model needs its base; connect the MODEL of its loader, or save a LoRA")
         folder = find_run(run)
@@ -162,7 +202,7 @@ class Save(io.ComfyNode):
                 raise ValueError("sliders are made to be turned, so they are saved as LoRAs; set what to LoRA")
             paths, text = save_sliders(folder, found, name or run, sliders, dtype)
             listed = "\n".join(map(str, paths))
-            return io.NodeOutput(listed, text, ui=ui.PreviewText(f"{listed}\n\n{text}"))
+            return io.NodeOutput(listed, text, ExecutionBlocker(None), ui=ui.PreviewText(f"{listed}\n\n{text}"))
         if "slider" in folder.settings():
             raise ValueError(f"the slider of run {run!r} is not measured yet; queue its node again to finish it")
         chosen = find_snapshot(folder, snapshot)
@@ -181,6 +221,6 @@ class Save(io.ComfyNode):
             path = save_merged(model, name or run, path)
         text = card(student, path, chosen)
         folder.write_text(f"lora/{path.stem}.md", text)
-        if (chosen / "sheet.png").is_file():
-            shutil.copyfile(chosen / "sheet.png", folder.path / "lora" / f"{path.stem}.png")
-        return io.NodeOutput(str(path), text, ui=ui.PreviewText(f"{path}\n\n{text}"))
+        page = sheet_of(folder, chosen) if prompts is None else steps_by_strengths(student, model, prompts, vae)
+        page.save(folder.path / "lora" / f"{path.stem}.png")
+        return io.NodeOutput(str(path), text, image_of(page), ui=ui.PreviewText(f"{path}\n\n{text}"))

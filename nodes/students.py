@@ -80,10 +80,10 @@ class Student:
         """As a file would hold it: LORA_MODEL."""
         return lora_tensors(self.state, self.family, self.names, dtype=DTYPES[dtype])
 
-    def on(self, model: Any) -> Any:
+    def on(self, model: Any, strength: float = 1.0) -> Any:
         """The MODEL with this student; the one given stays as it is."""
         metadata = header_metadata(self.name, self.family, self.recipe, "lora")
-        return comfy.sd.load_lora_for_models(model, None, self.lora(), 1.0, 0.0, lora_metadata=metadata)[0]
+        return comfy.sd.load_lora_for_models(model, None, self.lora(), strength, 0.0, lora_metadata=metadata)[0]
 
 
 def loss_map(run: Run) -> dict[str, list[float]]:

@@ -31,17 +31,20 @@ else:
     import folder_paths
     import safetensors.torch
     from comfy_execution.graph_utils import ExecutionBlocker
+    from PIL import Image
 
     import nodes
 
     distill = comfy_host.pack_module("nodes.distill")
     encode = comfy_host.pack_module("nodes.encode_prompts")
-    save = comfy_host.pack_module("nodes.save").Save
+    save_node = comfy_host.pack_module("nodes.save")
+    save = save_node.Save
     inspect_run = comfy_host.pack_module("nodes.inspect_run")
     load_shapes = comfy_host.pack_module("nodes.load_shapes").LoadShapes
     runfile = comfy_host.pack_module("dmd_core.runfile")
     runs = comfy_host.pack_module("dmd_core.runs")
     lora_files = comfy_host.pack_module("dmd_core.weights.lora")
+    base_hash = comfy_host.pack_module("dmd_core.weights.checkpoint").base_hash
     Distill = distill.Distill
     STEPS = 2
 
@@ -107,7 +110,7 @@ else:
         assert all(v == v for v in loss["loss"])
         assert sheet.ndim == 4
         assert 0 <= sheet.min() < sheet.max() <= 1
-        path, _card = save.execute(run=run).result
+        path, *_ = save.execute(run=run).result
         with caplog.at_level(logging.INFO), torch.inference_mode():
             loader = nodes.LoraLoaderModelOnly()
             (loaded,) = loader.load_lora_model_only(given["model"], Path(path).name, 1.0)
@@ -125,6 +128,8 @@ else:
         recipe = lora_files.read_lora(path).recipe
         assert (recipe.family, recipe.objective, recipe.steps, recipe.trained_cfg) == ("flux", "dmd2", STEPS, 2.0)
         assert recipe.prediction == "flow"
+        assert recipe.base_hash == base_hash(comfy_tiny.patcher("flux").model.diffusion_model)
+        assert recipe.base_hash != base_hash(comfy_tiny.patcher("sd3").model.diffusion_model)  # control
 
     @pytest.mark.slow
     @pytest.mark.parametrize("family", ["sd15_eps", "sd15_v", "sdxl", "sd3", "z_image"])
@@ -134,7 +139,7 @@ else:
         assert lora_files.read_lora(path).recipe.prediction == wanted
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("label", list(distill.METHODS))
+    @pytest.mark.parametrize("label", [k for k, (name, _) in distill.METHODS.items() if name != "rectified_flow"])
     def test_so_do_the_other_methods(label, caplog):
         round_trip("flux", caplog, label)
 
@@ -236,7 +241,8 @@ else:
         assert [f"  {n}: fidelity" in report for n in (1, 2, 3)] == [True] * 3
         assert sheet.ndim == 4
         assert len(loss["loss"]) == 3
-        path, card = save.execute(run="run", snapshot="1", name="sub/first").result
+        path, card, shown = save.execute(run="run", snapshot="1", name="sub/first").result
+        assert torch.equal(shown, inspect_run.InspectRun.execute(run="run", snapshot="1").result[1])
         assert Path(path) == place / "loras" / "sub" / "first_00001.safetensors"
         held = safetensors.torch.load_file(path)
         assert same(held, lora)
@@ -256,6 +262,24 @@ else:
         with pytest.raises(ValueError, match="there is no run 'run'"):
             save.execute(run="run")
 
+    def test_a_saved_student_is_drawn_in_steps_and_strengths(place):
+        model, clip, vae = load_shapes.execute("teacher").result
+        with torch.inference_mode():
+            prompts, negative = encode.EncodePrompts.execute([clip], ["a red circle\na blue star"]).result
+        given = inputs("flux", model=model, prompts=prompts, negative=negative, size=64, updates=1)
+        Distill.execute(**given)
+        with torch.inference_mode():
+            path, _card, shown = save.execute(run="run", model=model, prompts=prompts, vae=vae).result
+            *_, plain = save.execute(run="run").result
+        rows, columns = round(shown.shape[1] / 260), round(shown.shape[2] / 260) - 1
+        assert (rows, columns) == (3, len(save_node.STRENGTHS))  # 1, 2 and 4 steps of a student of 2
+        assert shown.shape != plain.shape
+        assert (place / "output" / "dmd" / "run" / "lora" / f"{Path(path).stem}.png").is_file()
+        cells = [shown[0, -250:-10, -260 * i - 250 : -260 * i - 10] for i in range(columns)]
+        assert not any(torch.equal(cells[0], c) for c in cells[1:]), "a strength changes nothing"
+        with pytest.raises(ValueError, match="connect all three or none"):
+            save.execute(run="run", prompts=prompts, vae=vae)
+
     def test_a_merged_model_draws_as_the_student_does(place):
         state = comfy_tiny.patcher("flux", inference=False).model.diffusion_model.state_dict()
         file = place / "diffusion_models" / "tiny.safetensors"
@@ -263,7 +287,7 @@ else:
         with torch.inference_mode():
             model = comfy.sd.load_diffusion_model(str(file))
         student, *_ = Distill.execute(**inputs("flux", model=model)).result
-        path, _card = save.execute(run="run", what="merged model", model=model).result
+        path, *_ = save.execute(run="run", what="merged model", model=model).result
         with torch.inference_mode():
             merged = comfy.sd.load_diffusion_model(path)
         # the LoRA of the student MODEL is fp16, that of the merge fp32
@@ -281,7 +305,7 @@ else:
         (place / "input" / "more.txt").write_text("a green star\n# not this\n\na red circle\n")
         execute = encode.EncodePrompts.execute
         with torch.inference_mode():
-            prompts, negative = execute(clip=clip, prompts="a red circle\na blue square", file="more.txt").result
+            prompts, negative = execute([clip], ["a red circle\na blue square"], ["more.txt"]).result
             assert [e[1]["dmd_prompt"] for e in prompts] == ["a red circle", "a blue square", "a green star"]
             (plain,) = nodes.CLIPTextEncode().encode(clip, "a blue square")[0]
             torch.testing.assert_close(prompts[1][0], plain[0], rtol=1e-3, atol=1e-3)
@@ -289,21 +313,134 @@ else:
             asked = []
             once = encode.encode_one
             monkeypatch.setattr(encode, "encode_one", lambda c, p: asked.append(p) or once(c, p))
-            again, _ = execute(clip=clip, prompts="a blue square\na new one").result
+            again, _ = execute([clip], ["a blue square", "a new one"]).result
             assert [p for p in asked if p not in encode.PROBES] == ["a new one"]
             assert torch.equal(again[0][0], prompts[1][0])
-            with_more, _ = execute(clip=clip, prompts="", conditioning=[plain]).result
+            with_more, _ = execute([clip], [""], conditioning=[[plain]]).result
             assert len(with_more) == 1
         with pytest.raises(ValueError, match="no prompts in"):
-            execute(clip=clip, prompts="# nothing")
+            execute([clip], ["# nothing"])
         assert len(negative) == 1
+
+    def pictured(place, vae, clip, count=4):
+        """A folder of pictures of two shapes, encoded with their captions."""
+        folder = place / "input" / "mine"
+        folder.mkdir()
+        for i in range(count):
+            size = (96, 96) if i % 2 else (160, 80)
+            Image.new("RGB", size, (60 * i, 0, 90)).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text(f"a red circle\n and {i}")
+        with torch.inference_mode():
+            return encode.EncodePrompts.execute([clip], [""], folder=["mine"], size=[64], vae=[vae]).result
+
+    def test_a_folder_of_pictures_becomes_latents_with_captions_and_stays_inside_of_input(place):
+        _model, clip, vae = load_shapes.execute("teacher").result
+        prompts, negative = pictured(place, vae, clip)
+        assert [e[1]["dmd_prompt"] for e in prompts] == [f"a red circle and {i}" for i in range(4)]
+        assert {tuple(e[1]["dmd_latent"].shape[-2:]) for e in prompts} == {(8, 8), (6, 12)}
+        assert "dmd_latent" not in negative[0][1]
+        before = encode.EncodePrompts.fingerprint_inputs(folder=["mine"])
+        (place / "input" / "mine" / "0.txt").write_text("another")
+        assert encode.EncodePrompts.fingerprint_inputs(folder=["mine"]) != before
+        execute = encode.EncodePrompts.execute
+        for folder in ("..", "../output", "/tmp", "missing"):
+            with pytest.raises(ValueError, match="is no folder in ComfyUI's input folder"):
+                execute([clip], [""], folder=[folder], size=[64], vae=[vae])
+        with pytest.raises(ValueError, match="need the VAE"):
+            execute([clip], [""], folder=["mine"], size=[64])
+        with pytest.raises(ValueError, match="brings its own prompts"):
+            execute([clip], ["a red circle"], folder=["mine"], size=[64], vae=[vae])
+
+    def test_native_latent_lists_come_with_their_prompts():
+        from comfy_extras.nodes_dataset import MakeTrainingDataset, ResolutionBucket
+
+        _model, clip, vae = load_shapes.execute("teacher").result
+        images = [torch.rand(1, 64, 64 if i else 96, 3) for i in range(3)]
+        with torch.inference_mode():
+            made = MakeTrainingDataset.execute(images, [vae], [clip], ["a red circle", "a blue star", "a ring"]).result
+            latents, conditioning = ResolutionBucket.execute(*made).result
+            assert len(latents) == 2
+            out, _ = encode.EncodePrompts.execute([clip], [""], conditioning=conditioning, latents=latents).result
+            assert sorted(e[1]["dmd_latent"].shape[-1] for e in out) == [8, 8, 12]
+            texts = ["a red circle", "a blue star", "a ring"]
+            again, _ = encode.EncodePrompts.execute([clip], texts, latents=made[0]).result
+        torch.testing.assert_close(again[1][1]["dmd_latent"], made[0][1]["samples"])
+        with pytest.raises(ValueError, match="2 prompts; give one prompt for each"):
+            encode.EncodePrompts.execute([clip], texts[:2], latents=made[0])
+
+    @pytest.mark.parametrize(
+        ("label", "options"),
+        [
+            ("LADD", {}),
+            ("DMD2", {"gan_weight": 0.01}),
+            ("DMD2", {"backward_simulation": False}),
+            ("Rectified flow (your pictures)", {}),
+        ],
+    )
+    def test_methods_that_learn_from_pictures_take_the_users_own(place, label, options):
+        model, clip, vae = load_shapes.execute("teacher").result
+        prompts, negative = pictured(place, vae, clip)
+        given = inputs("flux", model=model, prompts=prompts, negative=negative, vae=vae, size=64, updates=2)
+        given["method"] = method(label, **options)
+        report = Distill.execute(**given).result[4]
+        assert "finished" in report
+        assert not (place / "output" / "dmd" / "run" / "pairs").exists()
+        learned = weights()
+        # the control: without pictures the teacher makes some, or the method says that it cannot do without
+        given |= {
+            "run_name": "plain",
+            "prompts": [[c, {"dmd_prompt": o["dmd_prompt"]} | pooled(o)] for c, o in prompts],
+        }
+        if label.startswith("Rectified"):
+            with pytest.raises(ValueError, match="your own pictures, and there are none"):
+                Distill.execute(**given)
+            return
+        Distill.execute(**given)
+        assert len(list((place / "output" / "dmd" / "plain" / "pairs").glob("*.safetensors"))) == 2
+        assert not same(weights("plain"), learned)
+
+    def pooled(options):
+        return {"pooled_output": options["pooled_output"]}
+
+    def test_fine_tuning_keeps_the_guidance_of_the_base(place):
+        model, clip, vae = load_shapes.execute("teacher").result
+        prompts, negative = pictured(place, vae, clip)
+        given = inputs("flux", model=model, prompts=prompts, negative=negative, vae=vae, size=64, updates=2)
+        Distill.execute(**given | {"method": method("Rectified flow (your pictures)", guidance=3.0)})
+        path, card, _sheet = save.execute(run="run").result
+        recipe = lora_files.read_lora(path).recipe
+        assert (recipe.cfg, recipe.trained_cfg, recipe.steps) == (3.0, None, 20)
+        assert "cfg 3" in card
+
+    def test_pictures_may_be_wider_than_high(place):
+        model, clip, _vae = load_shapes.execute("teacher").result
+        with torch.inference_mode():
+            prompts, negative = encode.EncodePrompts.execute([clip], ["a red circle\na blue star"]).result
+        given = inputs("flux", "Reflow", model=model, prompts=prompts, negative=negative, size=96, updates=1)
+        for name, height, rows in (("wide", 64, 8), ("square", 0, 12)):
+            Distill.execute(**given | {"run_name": name, "height": height})
+            (first, *_) = sorted((place / "output" / "dmd" / name / "pairs").glob("*.safetensors"))
+            assert safetensors.torch.load_file(first)["latents"].shape == (2, 16, rows, 12)
+
+    @pytest.mark.parametrize("label", ["DMD2", "LADD"])
+    def test_one_prompt_without_its_picture_is_refused(place, label):
+        model, clip, vae = load_shapes.execute("teacher").result
+        prompts, negative = pictured(place, vae, clip, 2)
+        prompts = [prompts[0], [prompts[1][0], {"dmd_prompt": "other", **pooled(prompts[1][1])}]]
+        given = inputs("flux", model=model, prompts=prompts, negative=negative, size=64, updates=1)
+        given["method"] = method(label)
+        if label == "DMD2":  # looks at no pictures
+            Distill.execute(**given)
+            return
+        with pytest.raises(ValueError, match="1 of 2 prompts have no picture"):
+            Distill.execute(**given)
 
     @pytest.mark.slow
     def test_the_embedded_world_is_distilled_from_prompts_and_its_teacher_passes_the_probe():
         model, clip, vae = load_shapes.execute("teacher").result
         with torch.inference_mode():
             prompts, negative = encode.EncodePrompts.execute(
-                clip=clip, prompts="a small red circle\na large blue square\na green star\na yellow triangle"
+                [clip], ["a small red circle\na large blue square\na green star\na yellow triangle"]
             ).result
         given = inputs("flux", model=model, prompts=prompts, negative=negative, vae=vae, size=0, check_teacher=True)
         *_, sheet, report, _run = Distill.execute(**given).result

@@ -8,6 +8,7 @@ import gc
 import logging
 import random
 import shutil
+import socket
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ else:
     import comfy.ops
     import comfy_tiny
     import folder_paths
+    import slider_files
     import slider_host
 
     import nodes as stock
@@ -44,10 +46,16 @@ else:
     negative_guidance, variety, inpaint = pack("nodes.negative_guidance"), pack("nodes.variety"), pack("nodes.inpaint")
     sampler, runs, instant_slider = pack("nodes.sampler"), pack("dmd_core.runs"), pack("nodes.instant_slider")
     train_slider, discover_sliders = pack("nodes.train_slider"), pack("nodes.discover_sliders")
+    mix_sliders, read_slider = pack("nodes.mix_sliders"), pack("nodes.slider_files").read
 
     @pytest.fixture(autouse=True)
     def place(tmp_path, monkeypatch):
-        """ComfyUI's folders, all in one that goes away."""
+        """ComfyUI's folders, all in one that goes away; and no way out of this machine, for any node."""
+
+        def refuse(self, where):
+            raise AssertionError(f"a node called {where}")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
         for name in ("output", "temp", "input"):
             (tmp_path / name).mkdir()
             monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
@@ -144,7 +152,7 @@ else:
         if number == 1 or number % 2 == 0:
             shutil.rmtree(distill.root() / ".prompts", ignore_errors=True)
         _, clip, _ = load_shapes.LoadShapes.execute("teacher").result
-        out, negative = encode.EncodePrompts.execute(clip=clip, prompts="a red circle\na blue square").result
+        out, negative = encode.EncodePrompts.execute([clip], ["a red circle\na blue square"]).result
         return torch.cat([c.flatten() for c, _ in [*out, *negative]])
 
     def sliding(node, **small):
@@ -159,6 +167,14 @@ else:
     def instantly(model, number: int):
         clip = slider_host.FakeClip("flux")
         return ksampler(instant_slider.InstantSlider.execute(model, clip, "a big dog", "a small dog")[0], latent())
+
+    def mixing(model, number: int):
+        """One slider in the weights, one that joins while sampling."""
+        folder, source = Path(folder_paths.get_output_directory()), comfy_tiny.patcher("flux")
+        paths = [slider_files.write(folder, f"slider_{i}", source, seed=i) for i in (1, 2)]
+        known = [read_slider(p.name, str(p)) for p in paths]
+        rows = {"slider_1": "set 1", "strength_1": 0.5, "slider_2": "set 2", "strength_2": 0.5, "start_2": 0.4}
+        return ksampler(mix_sliders.MixSliders.execute(model, known, **rows)[0], latent())
 
     PROMPTS: dict[str, Callable] = {
         "Distill": distilling,
@@ -176,6 +192,7 @@ else:
             discover_sliders.DiscoverSliders, prompt="a dog", sliders=2, steps=2, pool=8, rank=1
         ),
         "Instant Slider": instantly,
+        "Mix Sliders": mixing,
     }
 
     # --- what must be as before ---------------------------------------------------------------------------------------
@@ -278,6 +295,10 @@ else:
         load_shapes.LoadShapes.execute("teacher")
         assert torch.equal(torch.get_rng_state(), noise)
         assert random.getstate() == numbers
+
+    def test_control_a_call_home_is_noticed():
+        with pytest.raises(AssertionError, match="a node called"), socket.socket() as line:
+            line.connect(("127.0.0.1", 9))
 
     def test_control_what_a_cancel_could_leave_behind_is_seen():
         model = comfy_tiny.patcher("flux", inference=False)
