@@ -20,7 +20,7 @@ from .alarms import alarms
 from .curves import curves
 from .processes import ALONE, Processes, Shared, SharedBatches
 from .runs import Run, Say, Unwritable, step_of
-from .snapshots import Gallery, Measures, Reference, best, fill, read_measures, write_student
+from .snapshots import DIVERSE, Gallery, Measures, Reference, best, fill, read_measures, write_student
 from .train import NonFinite, Objective, Report, Seekable, TrainConfig, train
 from .trainstate import TrainState
 
@@ -328,20 +328,32 @@ def report_text(
     if history:
         counted = ", ".join(f"{k} {v}" for k, v in history[-1]["counters"].items())
         lines[-1] += f" ({counted} updates), {seconds / 60:.1f} minutes, {seconds / len(history):.3g} s each."
-        lines.append("Mean losses of the first and the last tenth:")
-        for name, values in sorted(loss_series(history).items()):
-            n = max(1, len(values) // 10)
-            lines.append(f"  {name}: {sum(values[:n]) / n:.4g} -> {sum(values[-n:]) / n:.4g}")
     chosen = best_snapshot(run)
     if chosen is not None:
         measures = read_measures(chosen)
-        how = describe(measures) if measures else "the last one; none was judged"
-        lines.append(f"Best snapshot: {chosen.name} ({how}).")
+        how = verdict(measures) if measures else "It is the last one; none was judged."
+        lines.append(f"Best snapshot: that of step {step_of(chosen)}. {how}")
     lines += ["Alarms:", *(f"  {text}" for text in standing.values())] if standing else ["No alarms."]
+    if history:
+        lines.append("Losses, mean of the first and of the last tenth; they are no score, judge by the pictures:")
+        for name, values in sorted(loss_series(history).items()):
+            n = max(1, len(values) // 10)
+            lines.append(f"  {name}: {sum(values[:n]) / n:.4g} -> {sum(values[-n:]) / n:.4g}")
     states = run.states()
     if states:
         lines.append(f"States kept: {', '.join(str(step_of(p)) for p in reversed(states))}.")
     return "\n".join(lines) + "\n"
+
+
+def verdict(measures: Measures) -> str:
+    """The figures of a snapshot, for people."""
+    low, high = DIVERSE
+    d = measures.diversity
+    varied = "about as varied as" if low <= d <= high else "less varied than" if d < low else "further apart than"
+    return (
+        f"Its pictures are {varied} the teacher's (diversity {d:.2f}, theirs is 1); fidelity is "
+        f"{measures.fidelity:.2f}, where 1 is the teacher's own picture of each prompt and 0 that of any other."
+    )
 
 
 def describe(measures: Measures) -> str:

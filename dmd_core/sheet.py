@@ -30,7 +30,7 @@ def sheet(
         raise ValueError(f"a sheet takes rows [n 3 h w], got {[list(r.shape) for r in rows]}; give at least one row")
     if row_labels and len(row_labels) != len(rows):
         raise ValueError(f"{len(row_labels)} row labels for {len(rows)} rows; give one per row or none")
-    size = max(11, cell // 9)
+    size = max(11, cell // 7)  # readable on a node, where a sheet is shown at a third of its size
     font, line = ImageFont.load_default(size=size), round(size * 1.25)
     columns = max(len(r) for r in rows)
     heads = [_wrap(label, font, cell) for label in column_labels[:columns]]

@@ -46,7 +46,7 @@ from .slider_run import (
     done,
     kept_as,
     lab,
-    live,
+    looking,
     make_pool,
     note_network,
     opened,
@@ -185,7 +185,7 @@ def carry_out(
         objective = objective_of(here, names, found, cond, settings, given)
         config = TrainConfig(steps=settings.steps * len(names), seed=settings.seed, cooldown=COOLDOWN)
         turns = cycle(names)
-        look = live(here, run, here.bench(cond), lambda: next(turns), SEEDS)
+        look = looking(here, here.bench(cond), lambda: next(turns), SEEDS)
         batches = PoolBatches(pool, settings.batch, settings.seed)
         if not train(objective, batches, config, run, kept_as(names[0], settings, given), about, look, say):
             return False

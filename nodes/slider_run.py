@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..dmd_core.adapters import Adapted
 from ..dmd_core.conditioning import Cond
-from ..dmd_core.curves import curves
 from ..dmd_core.drive import DriveConfig, drive
 from ..dmd_core.families import Family, by_name, detect
 from ..dmd_core.runs import Run
@@ -31,15 +30,15 @@ from ..dmd_core.sliders.stored import Finished, kept_pool, key_of, read_sliders
 from ..dmd_core.train import TrainConfig
 from ..dmd_core.weights.lora import DTYPES, lora_tensors
 from ..dmd_core.weights.recipe import Recipe, header_metadata
+from . import live
 from .comfy_source import NativeTeacher, file_of, pictures, pool_of, usual_size
 from .distill import with_precision
 from .encode_prompts import encoded
 from .few_step import plan
 from .slider_eyes import Eyes, clip_eyes, own_eyes
 from .slider_files import Slider, identity
-from .students import curves_of, image_of, loss_map
+from .students import curves_of, loss_map
 
-PREVIEW_PIXELS = 768
 RESULT = "result.png"  # in the run folder: the strip, or the contact sheet
 SHOWN = (-1.0, 0.0, 1.0)
 COOLDOWN = 0.5  # share of the steps in which the learning rate falls to 0
@@ -271,9 +270,7 @@ def train(
         drive(objective, batches, config, run, kept, preview=preview, about={"slider": about}, say=say)
     ) as steps:
         for progress in steps:
-            picture = progress.preview
-            shown = None if picture is None else ("JPEG", picture.convert("RGB"), PREVIEW_PIXELS)
-            bar.update_absolute(progress.step, progress.total, shown)
+            bar.update_absolute(progress.step, progress.total, live.picture(progress, run))
             if progress.stop:
                 say(f"{progress.stop}, at step {progress.step} of {progress.total}: queue again to go on")
                 whole = False
@@ -288,8 +285,8 @@ def strip(lab: Lab, bench: Bench, name: str, strengths: Sequence[float], seeds: 
     return [lab.draw(bench.latents({name: s} if s else {}, seeds)).float().cpu() for s in strengths]
 
 
-def live(lab: Lab, run: Run, bench: Bench, name: str | Callable[[], str], seeds: Sequence[int]) -> Any:
-    """The strip at -1, 0 and +1 as it is now, over the loss curves; None where nothing can be shown."""
+def looking(lab: Lab, bench: Bench, name: str | Callable[[], str], seeds: Sequence[int]) -> Any:
+    """The strip at -1, 0 and +1 as it is now; None where nothing can be shown."""
     if lab.draw is None:
         return None
     base: list[Tensor] = []
@@ -299,21 +296,9 @@ def live(lab: Lab, run: Run, bench: Bench, name: str | Callable[[], str], seeds:
         base[:] = base or strip(lab, bench, now, (0.0,), seeds)
         low, high = strip(lab, bench, now, (-1.0, 1.0), seeds)
         rows = [low, base[0], high]
-        return stacked(sheet(rows, [f"{s:+g}" if s else "0" for s in SHOWN], title=now), series_of(run))
+        return sheet(rows, [f"{s:+g}" if s else "0" for s in SHOWN], title=now)
 
     return look
-
-
-def series_of(run: Run) -> Image.Image:
-    """One curve: the sum of all losses."""
-    return curves({"loss": [sum(r.get("losses", {}).values()) for r in run.history()]}, 1)
-
-
-def stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:
-    page = Image.new("RGB", (max(upper.width, lower.width), upper.height + lower.height), "white")
-    page.paste(upper, (0, 0))
-    page.paste(lower, (0, upper.height))
-    return page
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -388,16 +373,17 @@ def done(run: Run, steps: int) -> bool:
 
 def unfinished(run: Run, said: list[str]) -> io.NodeOutput:
     report = "\n".join(said)
-    image = image_of(curves_of(run)) if run.history() else blocked(1)[0]
-    return io.NodeOutput(*blocked(2), loss_map(run), image, report, run.name, ui=ui.PreviewText(report))
+    image, shown = blocked(1)[0], ui.PreviewText(report)
+    if run.history():
+        image, shown = live.result(curves_of(run), report)
+    return io.NodeOutput(*blocked(2), loss_map(run), image, report, run.name, ui=shown)
 
 
 def outcome(run: Run, said: list[str], many: bool = False) -> io.NodeOutput:
     found = [w.slider() for w in written(run)]
-    report = "\n".join([*said, *(words(s.card) for s in found if s.card is not None)])
+    report = "\n".join([*(words(s.card) for s in found if s.card is not None), *said])
     run.write_text("sliders.txt", report + "\n")
     path = run.path / RESULT
-    image = image_of(Image.open(path) if path.is_file() else curves_of(run))
-    shown = {**ui.PreviewImage(image).as_dict(), **ui.PreviewText(report).as_dict()}
+    image, shown = live.result(Image.open(path) if path.is_file() else curves_of(run), report)
     loras = [dict(s.tensors) for s in found]
     return io.NodeOutput(found, loras if many else loras[0], loss_map(run), image, report, run.name, ui=shown)

@@ -45,7 +45,7 @@ from .slider_run import (
     done,
     kept_as,
     lab,
-    live,
+    looking,
     make_pool,
     note_network,
     opened,
@@ -219,7 +219,7 @@ def carry_out(
         teacher.bank.new(NAME, settings.rank, torch.Generator().manual_seed(settings.seed))
         objective, batches = objective_of(here, task, settings, given, pool)
         config = TrainConfig(steps=settings.steps, seed=settings.seed, cooldown=COOLDOWN)
-        look = live(here, run, bench, NAME, SEEDS[:3])
+        look = looking(here, bench, NAME, SEEDS[:3])
         if not train(objective, batches, config, run, kept_as(NAME, settings, given), about, look, say):
             return False
         facts = {"kind": KINDS[about["made_from"]], "prompts": about["prompts"], **base_of(model)}
