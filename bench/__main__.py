@@ -5,14 +5,26 @@ import sys
 import torch
 
 TABLES = (
-    *("methods", "training", "memory", "sampling", "guidance", "variety", "inpainting", "sliders", "processes"),
-    *("scaling", "start"),
+    *("methods", "training", "memory", "sampling", "guidance", "variety", "inpainting", "inpainting_quality"),
+    *("sliders", "processes", "scaling", "start"),
 )
 
 
 def make(name: str):
     """The table, measured now."""
-    from . import guidance, inpainting, memory, methods, processes, sampling, sliders, start, training, variety
+    from . import (
+        guidance,
+        inpainting,
+        inpainting_quality,
+        memory,
+        methods,
+        processes,
+        sampling,
+        sliders,
+        start,
+        training,
+        variety,
+    )
 
     return {
         "methods": methods.on_cpu,
@@ -23,6 +35,7 @@ def make(name: str):
         "guidance": guidance.on_cpu,
         "variety": variety.on_cpu,
         "inpainting": inpainting.on_cpu,
+        "inpainting_quality": inpainting_quality.on_cpu,
         "sliders": sliders.on_cpu,
         "processes": processes.on_cpu,
         "scaling": processes.on_paper,

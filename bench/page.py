@@ -15,6 +15,7 @@ ORDER = (
     "guidance",
     "variety",
     "inpainting",
+    "inpainting_quality",
     "sliders",
     "processes",
     "scaling",

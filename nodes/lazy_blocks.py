@@ -10,10 +10,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.ldm.chroma.model
 import comfy.ldm.flux.model
 import comfy.ldm.lumina.model
 import comfy.ldm.modules.diffusionmodules.mmdit
+import comfy.ldm.pixart.pixartms
 import comfy.ldm.qwen_image.model
+import comfy.ldm.wan.model
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +33,7 @@ class Site:
     rope: int | str | None = None
     rope_axis: int = 2
     calls: tuple[int, ...] = (0,)  # the attention calls over image keys
+    vector: str | None = None  # the modulation, where it can have a row per token
     first: bool = False
     last: bool = False
 
@@ -70,24 +74,64 @@ def lumina(net: Any) -> list[Site]:
     return stack(net.noise_refiner, **common) + stack(net.layers, **common)
 
 
+def chroma(net: Any) -> list[Site]:
+    if type(net) is not comfy.ldm.chroma.model.Chroma:
+        raise NotLazy(f"{type(net).__name__} paints pixels with a network of its own behind the blocks")
+    return flux(net)
+
+
+def wan(net: Any) -> list[Site]:
+    if type(net) is not comfy.ldm.wan.model.WanModel:
+        raise NotLazy(f"{type(net).__name__} adds to every token between its blocks")
+    # the calls after the first are over the text, or over the features of a start picture
+    return stack(net.blocks, image=0, output=None, rope="freqs", rope_axis=1, vector="e")
+
+
+def pixart(_net: Any) -> list[Site]:
+    raise NotLazy("PixArt's attention takes no override, so the context's keys cannot be given to it")
+
+
 FAMILIES: dict[type, Callable[[Any], list[Site]]] = {
     comfy.ldm.flux.model.Flux: flux,
     comfy.ldm.modules.diffusionmodules.mmdit.MMDiT: sd3,
     comfy.ldm.qwen_image.model.QwenImageTransformer2DModel: qwen_image,
     comfy.ldm.lumina.model.NextDiT: lumina,
+    comfy.ldm.chroma.model.Chroma: chroma,
+    comfy.ldm.wan.model.WanModel: wan,
+    comfy.ldm.pixart.pixartms.PixArtMS: pixart,
 }
+# blocks after which a ControlNet's residuals are added, and the list they come in; the last stack of each family
+RESIDUALS = {"single_blocks": "output", "joint_blocks": "output", "transformer_blocks": "input"}
 
 
 def sites_of(net: nn.Module) -> list[Site]:
     for kind, sites in FAMILIES.items():
         if isinstance(net, kind):
             return sites(net)
-    raise NotLazy(f"{type(net).__name__} is not among the lazy families (Flux, SD3, Qwen-Image, Z-Image)")
+    raise NotLazy(f"{type(net).__name__} is not among the lazy families (Flux, Chroma, SD3, Qwen-Image, Z-Image, Wan)")
 
 
 def patch_of(net: Any) -> tuple[int, int, int]:
     """Latent cells per token: frames, rows, columns."""
-    return (1, int(net.patch_size), int(net.patch_size))
+    if isinstance(net.patch_size, int):
+        return (1, net.patch_size, net.patch_size)
+    frames, rows, columns = net.patch_size
+    return (frames, rows, columns)
+
+
+def at_rows(control: dict[str, list[Tensor | None]], rows: Tensor, tokens: int, net: Any) -> dict[str, Any]:
+    """A ControlNet's residuals at the computed tokens; what is added behind the last block stays whole, for there the
+    sequence has its full length again."""
+    name, blocks = next(((kind, getattr(net, n)) for n, kind in RESIDUALS.items() if hasattr(net, n)), ("", ()))
+    found: dict[str, Any] = {}
+    for kind, parts in control.items():
+        if any(p is not None and (p.ndim != 3 or p.shape[1] != tokens) for p in parts) or not name:
+            raise NotLazy("this ControlNet adds to other tokens than the picture's")
+        whole = len(blocks) - 1 if kind == name else -1
+        found[kind] = [
+            p if p is None or i == whole else p.index_select(1, rows.to(p.device)) for i, p in enumerate(parts)
+        ]
+    return found
 
 
 @dataclass
@@ -134,6 +178,8 @@ class Pass:
                 self.rows = self.plan(self.total, values[site.image].device)
             if self.rows is None:
                 return None
+            if site.vector is not None and values[site.vector].shape[1] > 1:
+                raise NotLazy("the frames have noise levels of their own")
             if site.first:
                 values[site.image] = pick(values[site.image], 1, self._behind(values[site.image].shape[1]))
             if site.rope is not None and values.get(site.rope) is not None:

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import comfy.utils
@@ -24,7 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..dmd_core.inpaint import Bank, BankFull, Tokens, box_of, dense_steps, run_cost, select, step_cost, token_mask
-from .lazy_blocks import NotLazy, Pass, Site, patch_of, sites_of
+from .lazy_blocks import NotLazy, Pass, Site, at_rows, patch_of, sites_of
 
 KEY = "dmd_lazy"
 OVERRIDE = "optimized_attention_override"
@@ -234,8 +235,11 @@ class Lazy:
         """Wraps BaseModel.apply_model, which returns x0."""
         run = self.run
 
-        def whole(options: Any = transformer_options) -> Tensor:
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        def whole(options: Any = transformer_options, rows: Tensor | None = None) -> Tensor:
+            added = control
+            if rows is not None and control is not None:
+                added = at_rows(control, rows, len(run.tokens.computed), executor.class_obj.diffusion_model)
+            return executor(x, t, c_concat, c_crossattn, added, options, **kwargs)
 
         if run is None:
             return whole()
@@ -260,7 +264,8 @@ class Lazy:
     def _refresh(self, run: Run, x: Tensor, keys: list[Hashable], sigma: float, whole: Any, options: Any) -> Tensor:
         if self.is_dense(sigma) or run.bank is None or not self._has_context(run, keys):
             return self._pass(run, keys, None, whole, options, write=True)
-        out = self._pass(run, keys, "computed", whole, options)
+        part = partial(whole, rows=run.tokens.computed.nonzero().flatten())
+        out = self._pass(run, keys, "computed", part, options)
         return torch.where(run.outside, _repeated(run.latent, x).to(out), out)
 
     def _session(self, run, x, keys, sigma, whole, options, at_zero: bool) -> Tensor:
@@ -365,8 +370,10 @@ class Lazy:
 
 def refuse(x: Tensor, t: Tensor, control: Any, options: dict[str, Any], kwargs: dict[str, Any], run: Run) -> None:
     """What would see a part of the picture and does not know it."""
-    if control is not None:
-        raise NotLazy("a ControlNet adds to every token")
+    if control is not None and run.mode != "refresh":
+        raise NotLazy("a ControlNet changes the context with its own picture; mode refresh is lazy with it")
+    if any(kwargs.get(name) is not None for name in ("reference_latent", "context_latents", "time_dim_concat")):
+        raise NotLazy("Wan with reference pictures orders its tokens differently")
     if any(options.get("patches_replace", {}).values()):
         raise NotLazy("another patch replaces blocks or attention")
     if patches := sorted(name for name, found in options.get("patches", {}).items() if found):

@@ -1,5 +1,6 @@
 """The lazy patch on ComfyUI's native transformers, tiny and random: equal to the whole pass where it must be."""
 
+import importlib
 from pathlib import Path
 
 import comfy_host
@@ -17,6 +18,7 @@ if not comfy_host.in_comfy():
 else:
     comfy_host.start_comfy("--use-pytorch-cross-attention")
 
+    import comfy.controlnet
     import comfy.model_base
     import comfy.model_management
     import comfy.model_patcher
@@ -71,11 +73,39 @@ else:
         }
         return comfy.model_base.Lumina2(comfy.supported_models.ZImage(config), device="cpu")
 
+    def chroma():
+        config = {
+            "image_model": "chroma",
+            "in_channels": 64,
+            "out_channels": 64,
+            "context_in_dim": 64,
+            "hidden_size": 128,
+            "mlp_ratio": 4.0,
+            "num_heads": 1,
+            "depth": 2,
+            "depth_single_blocks": 2,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "qkv_bias": True,
+            "patch_size": 2,
+            "in_dim": 64,
+            "out_dim": 128,
+            "hidden_dim": 64,
+            "n_layers": 2,
+            "txt_ids_dims": [],
+            "vec_in_dim": 0,
+            "dtype": torch.float32,
+        }
+        return comfy.model_base.Chroma(comfy.supported_models.Chroma(config), device="cpu")
+
+    comfy_tiny.FAMILIES.setdefault("chroma", comfy_tiny.Tiny(build=chroma, context=64, shape=(16, 16, 16)))
+    VIDEO = comfy_tiny.Tiny(build=comfy_tiny.wan, context=64, shape=(16, 3, 16, 16))
+    comfy_tiny.FAMILIES.setdefault("wan_wide", VIDEO)
     Z_IMAGE = comfy_tiny.Tiny(build=z_image, context=64, shape=(16, 16, 16))
     comfy_tiny.FAMILIES.setdefault("z_image_deep", Z_IMAGE)
     SD35 = comfy_tiny.Tiny(build=sd35_medium, context=64, shape=(16, 16, 16), pooled=32)
     comfy_tiny.FAMILIES.setdefault("sd35_medium", SD35)
-    FAMILIES = ("flux", "flux2", "sd3", "sd35_medium", "qwen_image", "z_image_deep")
+    FAMILIES = ("flux", "flux2", "sd3", "sd35_medium", "qwen_image", "z_image_deep", "chroma", "wan_wide")
 
     def shape_of(family, size=None):
         shape = list(comfy_tiny.FAMILIES[family].shape)
@@ -349,6 +379,65 @@ else:
         _, again = ask(clone, name, [(x, 0.7)] * 2, hole(x.shape), extra=extra)
         assert not runs[0].why
         assert torch.isfinite(again).all()
+
+    class Control(comfy.controlnet.ControlBase):
+        """Adds to every token behind every block, the last one included, as stretched ControlNets do."""
+
+        def __init__(self, name, width=128, tokens=64):
+            super().__init__()
+            parts = [draw((1, tokens, width), seed) for seed in (21, 22)]
+            kinds = {"flux": ("input", "output"), "sd3": ("output",), "qwen_image": ("input",)}[name]
+            self.added = {kind: parts if kind in kinds else [] for kind in ("input", "middle", "output")}
+
+        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+            return {k: [p.repeat(batched_number, 1, 1) for p in parts] for k, parts in self.added.items()}
+
+        def inference_memory_requirements(self, dtype):
+            return 0
+
+    @pytest.mark.parametrize("name", ["flux", "sd3", "qwen_image"])
+    def test_a_controlnet_is_gathered_too(name):
+        model = comfy_tiny.patcher(name)
+        x, control = draw(shape_of(name), 3), Control(name)
+        asked, extra = [(x, 0.7)] * 2, {"control": control, "control_apply_to_uncond": True}
+        patch, clone = patched(model, order=[True, False])
+        runs = spy(patch)
+        whole, part = ask(clone, name, asked, hole(x.shape), extra=extra)
+        scale = whole.abs().max()
+        assert not runs[0].why
+        assert (part - whole)[inside(runs[0], whole)].abs().max() < 1e-5 * scale
+        without = ask(model, name, asked[:1], None)[0]
+        assert (without - whole).abs().max() > 0.1  # control: it does add something
+        patch, clone = patched(model, mode="session")
+        runs = spy(patch)
+        again, _ = ask(clone, name, asked, hole(x.shape), extra=extra)
+        assert torch.equal(again, ask(model, name, asked[:1], None, extra=extra)[0])
+        assert any("ControlNet" in reason for reason in runs[0].why)
+        blocks, rows = comfy_host.pack_module("nodes.lazy_blocks"), torch.arange(3)
+        with pytest.raises(blocks.NotLazy, match="other tokens"):
+            blocks.at_rows(Control(name, tokens=80).added, rows, 64, model.model.diffusion_model)
+
+    def test_frames_have_masks_of_their_own():
+        model = comfy_tiny.patcher("wan_wide")
+        x = draw(shape_of("wan_wide"), 3)
+        mask = torch.zeros(1, 1, 3, 16, 16)
+        mask[:, :, 0, 4:6, 4:6] = mask[:, :, 2, 10:14, 10:12] = 1
+        patch, clone = patched(model, order=[True, False], ring=0)
+        runs = spy(patch)
+        whole, part = ask(clone, "wan_wide", [(x, 0.7)] * 2, mask)
+        assert runs[0].tokens.hole.reshape(3, 64).sum(1).tolist() == [1, 0, 2]
+        assert (part - whole)[inside(runs[0], whole)].abs().max() < 1e-5 * whole.abs().max()
+
+    def test_families_whose_hooks_do_not_reach_say_so():
+        blocks = comfy_host.pack_module("nodes.lazy_blocks")
+        for module, name, says in (
+            ("comfy.ldm.pixart.pixartms", "PixArtMS", "takes no override"),
+            ("comfy.ldm.chroma_radiance.model", "ChromaRadiance", "network of its own"),
+            ("comfy.ldm.wan.model", "VaceWanModel", "between its blocks"),
+        ):
+            kind = getattr(importlib.import_module(module), name)
+            with pytest.raises(blocks.NotLazy, match=says):
+                blocks.sites_of(kind.__new__(kind))
 
     def test_what_would_see_only_a_part_makes_the_call_whole_and_says_why():
         model = comfy_tiny.patcher("flux")
