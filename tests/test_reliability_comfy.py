@@ -152,7 +152,7 @@ else:
         if number == 1 or number % 2 == 0:
             shutil.rmtree(distill.root() / ".prompts", ignore_errors=True)
         _, clip, _ = load_shapes.LoadShapes.execute("teacher").result
-        out, negative = encode.EncodePrompts.execute(clip=clip, prompts="a red circle\na blue square").result
+        out, negative = encode.EncodePrompts.execute([clip], ["a red circle\na blue square"]).result
         return torch.cat([c.flatten() for c, _ in [*out, *negative]])
 
     def sliding(node, **small):
