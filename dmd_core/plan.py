@@ -72,17 +72,22 @@ def plan(
     checkpointing: bool = False,
     batch: int = 0,
     steps_done: int = 0,
+    first: int = 0,
 ) -> Plan:
-    """Runs two steps and takes them back: parameters are what they were afterwards, to the bit."""
+    """Runs two steps and takes them back: parameters are what they were afterwards, to the bit.
+
+    first: the step from which on all cost the same.
+    """
     device = next(iter(next(iter(objective.players.values())).params.values())).device
     before = {k: {n: p.detach().cpu().clone() for n, p in pl.params.items()} for k, pl in objective.players.items()}
     state = TrainState(objective, config)
+    state.step = first
     seconds: list[float] = []
     full = False
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        for report in train(objective, batches, replace(config, steps=2), state):
+        for report in train(objective, batches, replace(config, steps=first + 2), state):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(report.seconds)

@@ -10,7 +10,9 @@ the `with` the MODEL is as it was, to the bit.
 
 import inspect
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
@@ -36,6 +38,7 @@ from .comfy_autograd import (
     training_mode,
 )
 from .comfy_conds import cond_from, conditioning_from, groups
+from .lazy_blocks import OVERRIDE, Pass, sites_of
 
 INJECTION = "dmd_adapters"
 CACHED_CONDS = 16  # prepared prompts kept, newest last
@@ -67,6 +70,7 @@ class ComfyDenoiser:
         self.checkpoint_blocks = checkpoint_blocks
         self._conds: dict[tuple[Any, ...], tuple[Any, list[tuple[list[int], Any]]]] = {}
         self._open: ExitStack | None = None
+        self._step: Pass | None = None
 
     @property
     def net(self) -> nn.Module:
@@ -107,6 +111,10 @@ class ComfyDenoiser:
         self.bank.detach()
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+        return self.each(x, sigma, cond, lambda x, sigma, prepared, _index: self.x0(x, sigma, prepared))
+
+    def each(self, x: Tensor, sigma: Tensor, cond: Any, ask: Callable[..., Tensor]) -> Tensor:
+        """ask(x, sigma, prompts, index) -> x0, for every group of samples that one call of the network can serve."""
         if self._open is None:
             raise RuntimeError("this denoiser is closed; call it inside `with ComfyDenoiser(...) as denoiser:`")
         if self.model.current_patcher is not self.patcher:
@@ -115,16 +123,25 @@ class ComfyDenoiser:
         sigma = sigma.to(x).expand(len(x))
         parts = self._prepared(cond, x)
         if len(parts) == 1:
-            return self._x0(x, sigma, parts[0][1]).to(device)
+            return ask(x, sigma, parts[0][1], parts[0][0]).to(device)
         x0 = torch.empty_like(x)
         for index, prepared in parts:
-            x0[index] = self._x0(x[index], sigma[index], prepared)
+            x0[index] = ask(x[index], sigma[index], prepared, index)
         return x0.to(device)
 
-    def _x0(self, x: Tensor, sigma: Tensor, prepared: Any) -> Tensor:
+    def x0(self, x: Tensor, sigma: Tensor, prepared: Any, step: Pass | None = None) -> Tensor:
+        """step: what of the picture is computed, where that is not all of it."""
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
-        options["transformer_options"]["sample_sigmas"] = sigma
-        with KeepInputs(input_savers(self.net)) if torch.is_grad_enabled() else nullcontext():
+        transformer = options["transformer_options"]
+        transformer["sample_sigmas"] = sigma
+        with ExitStack() as stack:
+            if torch.is_grad_enabled():
+                stack.enter_context(KeepInputs(input_savers(self.net)))
+            if step is not None:
+                transformer[OVERRIDE] = step.attention(transformer.get(OVERRIDE))
+                stack.enter_context(step.hooked(sites_of(self.net)))
+                stack.callback(setattr, self, "_step", self._step)
+                self._step = step
             return comfy.samplers.calc_cond_batch(self.model, [prepared], x, sigma, options)[0]
 
     def _prepared(self, cond: Any, x: Tensor) -> list[tuple[list[int], Any]]:
@@ -150,7 +167,8 @@ class ComfyDenoiser:
     def _recompute_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Backward runs outside of the call, so a recompute sets up again what the call had set up."""
         forward, mix = self.bank.checkpoint_contexts()
-        return forward, Recompute(mix, input_savers(self.net))
+        again = nullcontext if self._step is None else partial(self._step.again, self._step.place)
+        return forward, Recompute(mix, input_savers(self.net), again)
 
     def latent_in(self, samples: Tensor) -> Tensor:
         """LATENT samples (what a VAE gives) -> the network's space; a frame axis is added where the family has one."""
@@ -202,16 +220,17 @@ def single(conditioning: Any) -> Cond:
 
 
 class Recompute(AbstractContextManager[None]):
-    """The forward's adapter mix and kept inputs; entered once per backward, which retain_graph allows again."""
+    """The forward's adapter mix, kept inputs and part; entered once per backward, which retain_graph allows again."""
 
-    def __init__(self, mix: AbstractContextManager[Any], savers: tuple[Any, ...]):
-        self.mix, self.savers = mix, savers
+    def __init__(self, mix: AbstractContextManager[Any], savers: tuple[Any, ...], again: Callable[[], Any]):
+        self.mix, self.savers, self.again = mix, savers, again
         self.stacks: list[ExitStack] = []
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(self.mix)
             stack.enter_context(KeepInputs(self.savers))
+            stack.enter_context(self.again())
             self.stacks.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:

@@ -55,6 +55,12 @@ WIDGETS = {
     "l1_weight": Widget("Weight of the plain distance beside it.", 0, 100, 0.05),
     "logit_mean": Widget("Centre of the trained times: 0 is the middle.", -3, 3, 0.1),
     "logit_std": Widget("Spread of the trained times.", 0.1, 3, 0.1),
+    "adapt": Widget("First updates, in which the student only learns to read clean context: plain denoising of the "
+                    "hole.", 0, 100000, shown=True),
+    "text_dropout": Widget("Share of samples without their prompt, where the context has to say it all."),
+    "smallest": Widget("Smallest hole, as a share of the picture.", 0.001, 1, 0.001),
+    "largest": Widget("Largest hole, as a share of the picture; outpainting goes beyond.", 0.01, 1),
+    "whole": Widget("Share of batches that are all hole, so that plain text-to-image stays alive.", 0, 0.9),
     # the run
     "rank": Widget("Rank of the student's LoRA: how much it can learn, and its size.", 1, 1024),
     "critic_rank": Widget("Rank of the critic's LoRA; 0 takes the student's.", 0, 1024),

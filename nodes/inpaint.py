@@ -210,7 +210,8 @@ class LazyInpaint(io.ComfyNode):
                     default=DEFAULTS.mode,
                     tooltip="refresh: some steps are computed whole (12 steps and more). session: the context is "
                     "computed once per noise level and kept between runs, so later edits pay only for the hole. "
-                    "auto: by the number of steps. dense: no patch.",
+                    "trained: for a LoRA of Distill's lazy inpainting; the context is read once, clean and without the "
+                    "hole. auto: by the number of steps. dense: no patch.",
                 ),
                 io.Int.Input(
                     "ring",

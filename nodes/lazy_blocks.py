@@ -20,6 +20,8 @@ import comfy.ldm.wan.model
 import torch
 from torch import Tensor, nn
 
+OVERRIDE = "optimized_attention_override"
+
 
 class NotLazy(Exception):
     """Why a call must be computed whole, in a few words."""
@@ -231,7 +233,7 @@ class Pass:
         return self._site
 
     def attention(self, before: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-        """For transformer_options["optimized_attention_override"]; `before` is what another pack had put there."""
+        """For transformer_options[OVERRIDE]; `before` is what another pack had put there."""
 
         def override(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any):
             if self._site is not None:

@@ -133,6 +133,8 @@ def check_lazy(c: LazyInpaintConfig) -> None:
         raise ValueError(
             f"text_dropout is {c.text_dropout} and whole {c.whole}; both are shares, from 0 to 1 (whole below 1)"
         )
+    if c.one_sample:
+        raise ValueError("one_sample is not for lazy inpainting, where every update draws its own holes; turn it off")
     if c.adapt < 0:
         raise ValueError(f"adapt is {c.adapt}; give the number of first updates that only denoise, 0 for none")
     if not 0 < c.smallest < c.largest <= 1:
