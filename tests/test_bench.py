@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,18 @@ TIMES = ("_ms", "seconds", "s per", "milliseconds")  # in the name of a column
 def bench(monkeypatch):
     """The package beside dmd_core; the root must not stay on the path, where nodes/ would shadow ComfyUI's nodes.py."""
     monkeypatch.syspath_prepend(str(ROOT))
-    for name in ("cuda", "memory", "models", "page", "record", "reliability", "training"):
+    for name in (
+        "cuda",
+        "memory",
+        "models",
+        "page",
+        "parts",
+        "record",
+        "reliability",
+        "sampling",
+        "training",
+        "variety",
+    ):
         importlib.import_module(f"bench.{name}")
     yield sys.modules["bench"]
     for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
@@ -33,6 +45,29 @@ def test_the_page_is_what_the_results_say(bench, tmp_path):
     assert bench.page.PAGE.read_text(encoding="utf-8") == bench.page.render()
     assert "Not run" in bench.page.render(tmp_path)  # control: without results there are no figures
     assert "| --- |" not in bench.page.render(tmp_path)
+
+
+def test_every_table_of_the_page_has_its_command(bench):
+    command = importlib.import_module("bench.__main__")
+    for name in bench.page.ORDER:
+        assert callable(command.place(name))
+    with pytest.raises(SystemExit, match="give one of"):
+        command.main(["nothing"])
+
+
+def test_the_clocks_of_a_step_miss_nothing(bench):
+    size = bench.models.TINY["flux"]
+    made = bench.training.Ours(size, 1, rank=2)
+    with bench.parts.clocks(made.net) as (spent, calls):
+        made.update()
+    # five updates of the critic (student, critic), one of the student: itself, twice the teacher, the critic
+    assert calls == {
+        "forward without gradient": 8, "forward with gradient": 6, "backward": 6, "optimiser": 6, "clipping": 6,
+    }  # fmt: skip
+    assert all(v > 0 for v in spent.values())
+    before = dict(spent)
+    made.update()
+    assert dict(spent) == before  # control: the clocks are gone
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -236,3 +271,43 @@ def test_control_another_device_would_be_noticed(bench, elsewhere):
     with Elsewhere() as seen:
         torch.zeros(3).to("meta")
     assert seen.copies == 1
+
+
+def spin(seconds):
+    began = time.process_time()
+    while time.process_time() - began < seconds:
+        pass
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(0.04, 0.0), (0.04, 0.004), (0.04, 0.02)])
+def test_what_is_spent_outside_of_a_network_is_told_to_half_a_percent(bench, inside, outside):
+    """By processor time, so that a busy machine changes nothing: 2 % can be seen."""
+
+    class Net(torch.nn.Module):
+        def forward(self):
+            spin(inside)
+
+    net = Net()
+
+    def run():
+        net()
+        spin(outside)
+
+    with bench.sampling.clock_on(net) as clock:
+        found = bench.sampling.outside(run, clock, 3)
+    assert found["overhead, %"] == pytest.approx(100 * outside / inside, abs=0.5)
+    assert not net._forward_hooks
+
+
+def test_only_the_first_call_is_another(bench):
+    schedule = SimpleNamespace(sigma_max=1.0)
+
+    class Inner:
+        def __init__(self):
+            self.schedule = schedule
+
+        def __call__(self, x, sigma, cond):
+            return "inner"
+
+    model = bench.variety.First(Inner(), lambda x, sigma, cond: "first")
+    assert [model(None, torch.tensor([s]), None) for s in (1.0, 0.9, 0.5)] == ["first", "inner", "inner"]
