@@ -1,46 +1,32 @@
-"""python -m bench TABLE | all | cuda | reliability | page, from the repository's root. One command per table."""
+"""python -m bench TABLE | all | cuda [--dry] | settings | page, from the repository's root. One command per table."""
 
 import sys
+from collections.abc import Callable
+from importlib import import_module
+from inspect import signature
 
 import torch
 
-TABLES = (
-    *("methods", "training", "memory", "sampling", "guidance", "variety", "inpainting", "inpainting_quality"),
-    *("sliders", "processes", "scaling", "start"),
-)
+from .page import ORDER
+from .record import Table
+
+# where a table is not made by on_cpu of the module of its name
+PLACES = {"memory": "memory.on_paper", "scaling": "processes.on_paper"}
+HOURS = "reliability"  # not among "all"
 
 
-def make(name: str):
+def place(name: str) -> Callable[..., Table]:
+    module, function = PLACES.get(name, f"{name}.on_cpu").split(".")
+    return getattr(import_module(f"{__package__}.{module}"), function)
+
+
+def make(name: str, *chosen: str) -> Table:
     """The table, measured now."""
-    from . import (
-        guidance,
-        inpainting,
-        inpainting_quality,
-        memory,
-        methods,
-        processes,
-        sampling,
-        sliders,
-        start,
-        training,
-        variety,
-    )
-
-    return {
-        "methods": methods.on_cpu,
-        # the longest one: its rows are kept as they come
-        "training": lambda: training.on_cpu(done=lambda table: table.write("cpu", "python -m bench training")),
-        "memory": memory.on_paper,
-        "sampling": sampling.on_cpu,
-        "guidance": guidance.on_cpu,
-        "variety": variety.on_cpu,
-        "inpainting": inpainting.on_cpu,
-        "inpainting_quality": inpainting_quality.on_cpu,
-        "sliders": sliders.on_cpu,
-        "processes": processes.on_cpu,
-        "scaling": processes.on_paper,
-        "start": start.on_cpu,
-    }[name]()
+    work = place(name)
+    if "done" not in signature(work).parameters:
+        return work(*chosen)
+    # the long ones: their rows are kept as they come
+    return work(*chosen, done=lambda table: table.write("cpu", f"python -m bench {name}"))
 
 
 def main(args: list[str]) -> None:
@@ -62,15 +48,15 @@ def main(args: list[str]) -> None:
             from .page import write
 
             print(write())
-        case ["reliability", *row] if len(row) < 2:
-            from .reliability import on_cpu
-
-            on_cpu(*row, done=lambda table: print(table.write("cpu", "python -m bench reliability")))
-        case [chosen] if chosen in (*TABLES, "all"):
-            for name in TABLES if chosen == "all" else args:
-                print(make(name).write("cpu", f"python -m bench {name}"))
+        case ["all"]:
+            for name in ORDER:
+                if name != HOURS:
+                    print(make(name).write("cpu", f"python -m bench {name}"))
+        case [name, *row] if name in ORDER and len(row) <= (name == HOURS):
+            print(make(name, *row).write("cpu", f"python -m bench {name}"))
         case _:
-            raise SystemExit(f"give one of {', '.join((*TABLES, 'all', 'cuda', 'reliability', 'settings', 'page'))}")
+            raise SystemExit(f"give one of {', '.join((*ORDER, 'all', 'cuda', 'settings', 'page'))}")
 
 
-main(sys.argv[1:])
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -10,6 +10,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 ORDER = (
     "methods",
     "training",
+    "parts",
     "memory",
     "sampling",
     "guidance",
