@@ -138,7 +138,7 @@ def diagram(name: str, api: Api, layout: Layout, schemas: dict[str, Any]) -> Ima
     page = Image.new("RGB", THUMBNAIL, PAPER)
     draw = ImageDraw.Draw(page)
     width, height = THUMBNAIL
-    draw.text((20, 14), name, fill=INK, font=font(24))
+    draw.text((20, 14), name, fill=INK, font=font(24 if len(name) < 42 else 20))
     columns = [[k for column in g["columns"] for k in column] for g in layout.groups]
     step = (width - 40) / len(columns)
     for i, (group, keys) in enumerate(zip(layout.groups, columns, strict=True)):

@@ -40,8 +40,8 @@ FILES = {
 }
 FOLDERS = {"DMD_Doctor": "file", "DMD_Grid": "slider"}  # ours: inputs that name a model file
 # what may be opened on a screen of 1920 x 1080 with its text readable: ComfyUI fits a template into three quarters of
-# its window (about 1920 x 950 of such a screen) and draws the text of nodes from a scale of 8/14
-FULL_HD = (1440 * 14 / 8, 712 * 14 / 8)
+# its window (1920 x 900 with the browser's own bars) and draws the text of nodes from a scale of 8/14
+FULL_HD = (0.75 * 1915 * 14 / 8, 0.75 * 900 * 14 / 8)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
 
 Api = dict[str, dict[str, Any]]

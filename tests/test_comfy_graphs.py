@@ -1,7 +1,8 @@
 """The example graphs executed in a real, headless ComfyUI: shapes graphs as they are, others on tiny models.
 
-Of a graph only its loaders are replaced by stand-ins of the same family, and files by small ones of the same name. What
-trains is cut short: as its plan, where it has one, and for two updates, both at 64 pixels.
+Of a graph only its loaders are replaced by stand-ins of the same family, and files by small ones of the same name; where
+it waits for a folder of the user's pictures, it gets one. What trains is cut short: as its plan, where it has one, and
+for two updates, both at 64 pixels.
 """
 
 import copy
@@ -10,6 +11,7 @@ from pathlib import Path
 import comfy_host
 import graph_files
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.comfy
 NAMES = graph_files.names()
@@ -27,6 +29,7 @@ FAMILIES = {
     "qwen_image": "qwen_image",
     "wan2.2": "wan",
 }
+PICTURES = "pictures"  # in ComfyUI's input folder
 MODEL_LOADERS = {"UNETLoader": "unet_name", "CheckpointLoaderSimple": "ckpt_name"}
 STANDINS = {
     "UNETLoader": "StandinModel",
@@ -53,7 +56,17 @@ def with_standins(api):
             file = node["inputs"].get(MODEL_LOADERS.get(node["class_type"], ""), "")
             node["class_type"] = STANDINS[node["class_type"]]
             node["inputs"] = {"family": family, "file": file}
+        if node["class_type"] == "DMD_EncodePrompts" and not node["inputs"]["prompts"]:
+            node["inputs"].update(folder=PICTURES, size=64)
     return found
+
+
+def make_pictures(folder):
+    """Four of two shapes, with captions."""
+    folder.mkdir()
+    for i, size in enumerate([(64, 64), (64, 64), (96, 48), (96, 48)]):
+        Image.effect_noise(size, 60).convert("RGB").save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"noise number {i}", encoding="utf-8")
 
 
 SLIDER = {"steps": 2, "size": 64, "pool": 8, "seeds": 4, "batch": 1, "sample_steps": 0, "checkpointing": False}
@@ -88,11 +101,11 @@ if not comfy_host.in_comfy():
 
 else:
     from comfy_server import serving
-    from PIL import Image
 
     @pytest.fixture(scope="module")
     def server(tmp_path_factory):
         with serving(tmp_path_factory.mktemp("graphs") / "comfy") as found:
+            make_pictures(found.base / "input" / PICTURES)
             yield found
 
     @pytest.mark.parametrize("name", SHAPES)

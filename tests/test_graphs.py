@@ -209,7 +209,7 @@ def test_a_wrong_graph_is_told(api, change, said):
 
 
 def test_of_a_choice_only_the_chosen_inputs_are_taken():
-    api = graph_files.read_api("Distill with LADD")
+    api = graph_files.read_api("Distill with LADD and your images")
     (distill,) = (n["inputs"] for n in api.values() if n["class_type"] == "DMD_Distill")
     assert "method.noise_mean" in distill
     distill["method"] = "DMD2"
