@@ -2,10 +2,14 @@
 
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dmd_core import shapes
 from dmd_core.adapters import AdapterBank
@@ -340,3 +344,15 @@ def test_a_scene_can_be_taken_apart(scene):
     part = scene.take(torch.tensor([5, 2]))
     assert len(part) == 2
     assert all(torch.equal(getattr(part, f.name)[1], getattr(scene, f.name)[2]) for f in fields(scene))
+
+
+@pytest.mark.slow
+def test_one_command_builds_every_weight_that_ships(tmp_path):
+    """With three steps a stage: nothing is learned, but every stage finds what the ones before it wrote."""
+    command = [sys.executable, "-m", "dmd_core.shapes.build", "--out", str(tmp_path), "--steps", "3", "--threads", "1"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], capture_output=True)
+    built = {path.name: load_file(path) for path in tmp_path.iterdir()}
+    for path in (shapes.AUTOENCODER, shapes.RECOGNISER, shapes.TEXT_ENCODER, shapes.TEACHER):
+        shipped = load_file(path)
+        assert {k: v.shape for k, v in built[path.name].items()} == {k: v.shape for k, v in shipped.items()}, path.name
+        assert any(not torch.equal(v, shipped[k]) for k, v in built[path.name].items())  # made, not copied
