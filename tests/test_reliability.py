@@ -5,7 +5,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -17,18 +17,21 @@ from test_runs import OFTEN, in_child, same, weights
 from torch import Tensor, nn
 from toy import LAYERS, MLP, ONE, copy_of, named
 
+from dmd_core import objectives
 from dmd_core.conditioning import Cond
 from dmd_core.data import Batch
 from dmd_core.denoiser import NetDenoiser, Prediction
 from dmd_core.discriminators import Discriminator, FeatureReader
 from dmd_core.drive import drive
 from dmd_core.families import GENERIC
+from dmd_core.inpaint.partial import cells
 from dmd_core.objectives.diffusion2gan import Diffusion2GAN, Diffusion2GANConfig, Perceptual, noise_input
 from dmd_core.objectives.dmd import DMD, DMDConfig
 from dmd_core.objectives.dmd2 import DMD2, DMD2Config
 from dmd_core.objectives.image_slider import ImageSlider, ImageSliderConfig
 from dmd_core.objectives.image_slider import Pairs as PicturePairs
 from dmd_core.objectives.ladd import LADD, LADDConfig
+from dmd_core.objectives.lazy_inpaint import LazyInpaint, LazyInpaintConfig
 from dmd_core.objectives.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from dmd_core.objectives.slider_space import SliderSpace, SliderSpaceConfig
 from dmd_core.objectives.text_slider import TextSlider, TextSliderConfig, Words
@@ -163,7 +166,36 @@ def slider_space():
     return SliderSpace(model, directions, lambda x: x, cond, SliderSpaceConfig()), At(latents_and_row)
 
 
-MAKERS = (dmd, dmd2_with_gan, ladd, diffusion2gan, reflow, text_slider, image_slider, slider_space)
+def lazy_inpaint():
+    """On pictures of 4 x 4 tokens; the context goes through the same layer, which is beside the point here."""
+
+    def layer(seed: int, learns: bool) -> tuple[nn.Conv2d, NetDenoiser]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            conv = nn.Conv2d(2, 2, 3, padding=1).requires_grad_(learns)
+        return conv, NetDenoiser(lambda x, timestep, cond: conv(x), Flow(), Prediction.FLOW)
+
+    (_, teacher), (own, student), (judge, critic) = (layer(seed, seed > 0) for seed in range(3))
+
+    @dataclass
+    class Filled:
+        canvas: Tensor
+        hole: Tensor
+        schedule = student.schedule
+
+        def __call__(self, x: Tensor, sigma: Tensor, cond: object) -> Tensor:
+            return torch.where(cells(self.hole, x, 2), student(x, sigma, cond), self.canvas)
+
+    def picture(i: int) -> Batch:
+        canvas = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(i))
+        return Batch(torch.zeros(2, 3), (2, 2, 8, 8), canvas)
+
+    config = LazyInpaintConfig(sigmas=(1.0, 0.5), guidance=1.0, critic_updates=2, adapt=4)
+    params = dict(own.named_parameters()), dict(judge.named_parameters())
+    return LazyInpaint(teacher, Filled, critic, None, *params, config), At(picture)
+
+
+MAKERS = (dmd, dmd2_with_gan, ladd, diffusion2gan, reflow, text_slider, image_slider, slider_space, lazy_inpaint)
 METHODS = {make.__name__: make for make in MAKERS}
 
 
@@ -174,6 +206,13 @@ def go(made, run: Run, steps: int = 12, settings=OFTEN, pause: float = 0.0, **mo
         reached.append(progress)
         time.sleep(pause)
     return reached
+
+
+def test_no_method_is_left_out():
+    folder = Path(objectives.__file__).parent
+    methods = {p.stem for p in folder.glob("*.py")} - {"__init__", "generation", "sliding"}  # what several share
+    tried = {type(make()[0]).__module__.rpartition(".")[2] for make in MAKERS}
+    assert methods == tried
 
 
 def averages(kind: str, run: Run, steps: int) -> dict[str, Tensor]:
