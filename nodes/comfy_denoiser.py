@@ -68,6 +68,7 @@ class ComfyDenoiser:
         attach = PatcherInjection(inject=lambda _: self.bank.attach(), eject=lambda _: self.bank.detach())
         self.patcher.set_injections(INJECTION, [attach])
         self.checkpoint_blocks = checkpoint_blocks
+        self.memory = 0.0  # bytes that the weights leave free for what trains
         self._conds: dict[tuple[Any, ...], tuple[Any, list[tuple[list[int], Any]]]] = {}
         self._open: ExitStack | None = None
         self._step: Pass | None = None
@@ -98,9 +99,9 @@ class ComfyDenoiser:
         if stack is not None:
             stack.close()
 
-    def load(self, memory: float = 0) -> None:
-        """Onto the device; again after another model (a preview's VAE) pushed it out. memory: bytes to keep free."""
-        mm.load_models_gpu([self.patcher], memory_required=memory)
+    def load(self) -> None:
+        """Onto the device; again after another model (a preview's VAE) pushed it out."""
+        mm.load_models_gpu([self.patcher], memory_required=self.memory)
         self.patcher.pre_run()
         own_weights(self.model, self.device)
         self.net.requires_grad_(False)

@@ -1,6 +1,7 @@
 """A ComfyUI MODEL with its encoded prompts, as the engine's runs take a model from anywhere."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,12 @@ from ..dmd_core.conditioning import Cond, cat
 from ..dmd_core.denoiser import Prediction
 from ..dmd_core.families import Family
 from ..dmd_core.headless import Job
+from ..dmd_core.plan import Plan
+from ..dmd_core.runfile import RunFile
+from ..dmd_core.runs import Run
 from ..dmd_core.schedule import Discrete, Flow, Schedule
 from ..dmd_core.sources import SHAPES_SIZE, Source
+from ..dmd_core.trainstate import config_hash
 from ..dmd_core.weights.recipe import Recipe
 from .comfy_conds import conds_from, own
 from .comfy_denoiser import ComfyDenoiser
@@ -185,9 +190,39 @@ class Encoded:
         return self.pool.take(torch.tensor([self.texts.index(p) for p in prompts]))
 
 
+MEMORY = "memory.json"
+TRAINING = 3  # activations that a backward needs, over those of a picture with guidance [estimate]
+
+
+def kept_free(teacher: NativeTeacher, file: RunFile, run: Run) -> float:
+    """Bytes beside the weights: measured by a plan of these settings in this run, else estimated before the first."""
+    try:
+        noted = json.loads((run.path / MEMORY).read_text(encoding="utf-8"))
+        if noted["settings"] == costs(file):
+            return float(noted["bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    shape = teacher.latent_shape(file.model.size, file.model.height or file.model.size)
+    return TRAINING * teacher.model.memory_required([2 * file.data.batch, *shape])
+
+
+def costs(file: RunFile) -> str:
+    """What the memory of a run depends on."""
+    named = file.method.name, file.method.features, file.data.batch, file.train.precision, file.train.optimizer
+    return config_hash(file.model, file.lora, named)
+
+
 @dataclass
 class NativeJob(Job):
     """A run on a MODEL: what the command line does, with prompts and pictures from the graph."""
+
+    def plan(self) -> Plan:
+        """Also notes what to keep free, so that the next load of the MODEL offloads as much as that takes."""
+        made, patcher = super().plan(), self.source.denoiser.patcher  # type: ignore[attr-defined]
+        if made.peak is not None and made.peak < float("inf"):
+            beside = max(0.0, made.peak - patcher.loaded_size())
+            self.run.write_json(MEMORY, {"settings": costs(self.file), "bytes": beside})
+        return made
 
     def cache(self) -> Encoded:  # type: ignore[override]
         return Encoded(self.prompts, self.pool)

@@ -41,6 +41,7 @@ from .comfy_source import (
     NativeTeacher,
     check_prompts,
     file_of,
+    kept_free,
     native_source,
     one_prompt,
     pictures_of,
@@ -352,6 +353,7 @@ class Distill(io.ComfyNode):
         teacher = NativeTeacher(
             with_precision(model, given["precision"]), family.targets(file.lora.layers), file.model.checkpointing
         )
+        teacher.memory = kept_free(teacher, file, run)
         with teacher:
             job = begin(teacher, family, file, prompts, negative, vae, run, say_to(said))
             if given["mode"] == PLAN:

@@ -1,7 +1,7 @@
 """Distill, Save, Inspect Run and Encode Prompts in the real ComfyUI, on tiny random models of its families."""
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import comfy_host
@@ -36,6 +36,7 @@ else:
     import nodes
 
     distill = comfy_host.pack_module("nodes.distill")
+    source = comfy_host.pack_module("nodes.comfy_source")
     encode = comfy_host.pack_module("nodes.encode_prompts")
     save_node = comfy_host.pack_module("nodes.save")
     save = save_node.Save
@@ -193,6 +194,31 @@ else:
         assert "teacher: one-step variety" in words
         assert not runs.Run(runs.locate(distill.root(), run)).states()
         assert torch.equal(draw("flux", given["model"]), before)
+
+    def test_memory_for_training_is_kept_free_and_a_measured_plan_says_how_much(place, monkeypatch):
+        asked, load = [], mm.load_models_gpu
+
+        def recorded(models, memory_required=0, **more):
+            asked.append(memory_required)
+            return load(models, memory_required=memory_required, **more)
+
+        def first(**changes):
+            asked.clear()
+            Distill.execute(**inputs("flux", mode="plan", **changes))
+            return asked[0]
+
+        monkeypatch.setattr(mm, "load_models_gpu", recorded)
+        small = first()
+        assert small > 0
+        assert first(batch=4, run_name="batch") == pytest.approx(2 * small)
+        assert first(size=256, run_name="size") == pytest.approx(4 * small)
+        # as on CUDA, where the peak is measured
+        made = source.Job.plan
+        loaded = inputs("flux")["model"].model_size()
+        monkeypatch.setattr(source.Job, "plan", lambda job: replace(made(job), peak=loaded + 12345.0))
+        assert first(run_name="measured") == small
+        assert 12345 <= first(run_name="measured") <= loaded + 12345
+        assert first(run_name="measured", batch=4) == pytest.approx(2 * small)  # not measured yet
 
     def test_the_exported_run_file_says_the_same(place):
         given = inputs("flux", mode="export run file", rank=7)
