@@ -1,9 +1,11 @@
 """The trained lazy student: what it sees, what it is taught on, and who learns. On the embedded teacher."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dmd_core import shapes
+from dmd_core import headless, methods, shapes
 from dmd_core.adapters import Adapted, AdapterBank
 from dmd_core.conditioning import Cond
 from dmd_core.data import Batch
@@ -11,10 +13,12 @@ from dmd_core.families.joint import SHAPES
 from dmd_core.inpaint import MaskConfig, OnCanvas, draw_holes, strokes
 from dmd_core.inpaint.partial import cells, inside, places
 from dmd_core.objectives.lazy_inpaint import LazyInpaint, LazyInpaintConfig
+from dmd_core.runs import Run
 from dmd_core.samplers import sample_restart
 from dmd_core.schedule import add_noise
 from dmd_core.shapes.teacher import Partial, denoiser
 from dmd_core.train import TrainConfig, train
+from dmd_core.weights.lora import read_lora
 
 LEVELS = (1.0, 0.75)
 
@@ -330,3 +334,88 @@ def test_inside_is_what_the_hole_holds(hole):
     cut = inside(x, hole, 2)
     assert cut.shape == (2, 4 * 4 * 16)
     assert set(cut[0].tolist()) == set(x[0, :, :4, :4].flatten().tolist())
+
+
+RUN = """
+[run]
+name = "lazy"
+plan = false
+[model]
+path = "shapes"
+probe = false
+[data]
+prompts = ["a red circle", "a blue star", "a large green ring"]
+batch = 2
+pairs = 2
+pair_steps = 2
+[method]
+name = "lazy_inpaint"
+steps = 2
+adapt = 2
+critic_updates = 1
+guidance = 2.0
+[lora]
+rank = 2
+[train]
+steps = 4
+[drive]
+preview_every = 1
+snapshot_every = 4
+[samples]
+count = 2
+teacher_steps = 2
+"""
+
+
+def test_a_run_file_makes_a_lora_that_says_what_it_is(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(RUN)
+    said: list[str] = []
+    folder = headless.train_from(file, say=said.append)
+    (lora,) = (folder / "lora").glob("*.safetensors")
+    recipe = read_lora(lora).recipe
+    assert (recipe.objective, recipe.steps, recipe.cfg) == ("lazy_inpaint", 2, 1.0)
+    snapshot = Run(folder).snapshots()[-1]
+    assert (snapshot / "sheet.png").is_file()
+    assert not (folder / "previews" / "latest.png").exists()  # pictures without a hole would mislead
+    assert any("student/adapt" in line for line in said)
+    assert any("student/dmd" in line for line in said)
+
+
+def test_the_sheets_show_the_teachers_pictures_with_a_hole_filled(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(RUN)
+    job = headless.prepare(file, False, lambda _line: None)
+    job.source = replace(job.source, pictures=lambda latents: latents)
+    gallery = job.gallery()
+    teacher, student = gallery.teacher(), gallery.student()
+    filled = (teacher != student).any(1).float().mean((1, 2)).tolist()
+    assert all(0.1 < share < 0.7 for share in filled)
+    assert torch.equal(gallery.student(), student)
+
+
+def test_the_plan_measures_updates_that_match(tmp_path):
+    """Not the first, cheaper ones."""
+    file = tmp_path / "run.toml"
+    file.write_text(RUN)
+    job = headless.prepare(file, False, lambda _line: None)
+    asked: list[int] = []
+    turns = job.method.objective.turns
+    job.method.objective.turns = lambda step: asked.append(step) or turns(step)
+    with job.run.locked():
+        job.make_pairs(2)
+        job.plan()
+    assert asked == [2, 3]
+
+
+def test_a_network_that_cannot_be_computed_in_parts_is_refused():
+    class Bench:
+        class source:
+            partial = None
+
+        @staticmethod
+        def config():
+            return None
+
+    with pytest.raises(ValueError, match="UNets are cropped instead"):
+        methods.lazy_inpaint(Bench())
