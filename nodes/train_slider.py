@@ -159,6 +159,11 @@ def ends_of(here: Lab, task: Task, n: int) -> tuple[Tensor, Tensor]:
     return plus, minus
 
 
+def pairs_of(settings: SliderSettings) -> int:
+    """As many pictures of both ends as the pool has: few pairs differ in more than the words mean."""
+    return max(settings.pool // 2, 4)
+
+
 def axis_of(here: Lab, run: Run, key: str, task: Task, pool: Any, n: int) -> Axis:
     """Before anything is trained: can the two ends be told apart, and does the model vary between them by itself?"""
 
@@ -215,7 +220,7 @@ def carry_out(
         say(found.words)
         key, bench = here.key(about=about), here.bench(task.cond)
         pool = make_pool(here, run, key, task.cond, settings.pool)
-        axis = axis_of(here, run, key, task, pool, settings.seeds)
+        axis = axis_of(here, run, key, task, pool, pairs_of(settings))
         teacher.bank.new(NAME, settings.rank, torch.Generator().manual_seed(settings.seed))
         objective, batches = objective_of(here, task, settings, given, pool)
         config = TrainConfig(steps=settings.steps, seed=settings.seed, cooldown=COOLDOWN)

@@ -351,7 +351,8 @@ def test_strength_one_becomes_one_standard_deviation():
     base = features_of(b, prompt(NEUTRAL))
     ends = (features_of(b, prompt(p), 8) for p in (PLUS, MINUS))
     axis = axis_between(*ends, base)
-    assert torch.cosine_similarity(axis.vector, EDIT, dim=0) > 0.9999
+    assert torch.cosine_similarity(axis.pattern, EDIT, dim=0) > 0.9999
+    assert torch.cosine_similarity(axis.vector, EDIT, dim=0) > 0.99
     found = calibrate(b, "s", axis, CalibrationConfig())
     assert found.unit == pytest.approx(axis.sd / EDIT.norm().item(), rel=0.05)
     bake(model.bank, "s", found.unit)
@@ -429,6 +430,21 @@ def test_an_untrained_slider_is_called_nothing():
     b = bench(model, prompt(NEUTRAL))
     found = calibrate(b, "s", axis_along(EDIT, features_of(b, prompt(NEUTRAL))), CalibrationConfig())
     assert found.verdict == "nothing"
+
+
+def test_the_axis_of_words_reads_past_what_else_varies():
+    """Both ends and the pool vary far more along three other features than the words do along theirs."""
+    scale, read, plain = torch.cat([torch.full((3,), 6.0), torch.full((30,), 0.3)]), [], []
+    for seed in range(4, 9):
+        rng = generator(seed)
+        own = {"plus": torch.ones(16, 1), "minus": -torch.ones(16, 1), "pool": torch.randn(64, 1, generator=rng)}
+        seen = {k: torch.cat([v, scale * torch.randn(len(v), len(scale), generator=rng)], 1) for k, v in own.items()}
+        axis = axis_between(seen["plus"], seen["minus"], seen["pool"])
+        for vector, found in ((axis.vector, read), ((seen["plus"] - seen["minus"]).mean(0), plain)):
+            found.append(torch.corrcoef(torch.stack([seen["pool"] @ vector, own["pool"][:, 0]]))[0, 1])
+        assert axis.drift(axis.pattern.expand(4, -1)) < 1e-3  # its own way is no drift
+    assert torch.stack(read).mean() > 0.7
+    assert torch.stack(plain).mean() < 0.4  # control: their plain difference reads the rest
 
 
 def test_an_axis_without_spread_or_length_is_refused():
