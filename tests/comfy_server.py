@@ -81,11 +81,12 @@ def serving(base: Path, *flags: str) -> Iterator[Server]:
     root = comfy_host.comfy_path()
     if root is None:
         raise ValueError(comfy_host.missing())
-    (base / "custom_nodes").mkdir(parents=True)
-    (base / "custom_nodes" / "ComfyUI-DMD").symlink_to(comfy_host.PACK, target_is_directory=True)
-    (base / "custom_nodes" / "standins").symlink_to(STANDINS, target_is_directory=True)
-    (base / "input").mkdir()
-    holed_picture().save(base / "input" / PICTURE)
+    if not base.exists():  # else it is started again
+        (base / "custom_nodes").mkdir(parents=True)
+        (base / "custom_nodes" / "ComfyUI-DMD").symlink_to(comfy_host.PACK, target_is_directory=True)
+        (base / "custom_nodes" / "standins").symlink_to(STANDINS, target_is_directory=True)
+        (base / "input").mkdir()
+        holed_picture().save(base / "input" / PICTURE)
     port = free_port()
     env = {
         **os.environ,
