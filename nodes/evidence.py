@@ -195,6 +195,16 @@ def wired(graph: Graph, node: str, slot: int = 0) -> dict[str, Any]:
     return {}
 
 
+def controlnet_end(conditioning: Any) -> float | None:
+    """Where the first of its ControlNets stops, as a share of the sampling; None without one."""
+    waiting, ends = [options.get("control") for _, options in conditioning], []
+    for control in waiting:
+        if control is not None:
+            ends.append(float(control.timestep_percent_range[1]))
+            waiting.append(control.previous_controlnet)
+    return min(ends, default=None)
+
+
 def setup(model: Any, loras: list[Evidence], strength: float | None, **more: Any) -> Setup:
     """What can go wrong with a MODEL as it stands."""
     dtypes = {p.dtype for p in model.model.diffusion_model.parameters()}

@@ -16,13 +16,14 @@ from ..dmd_core.weights.pairings import wrong_pairings
 from ..dmd_core.weights.profiles import Evidence, Match, Profile, profiles, recognise
 from ..dmd_core.weights.structure import identify
 from .comfy_denoiser import schedule_of
-from .evidence import Graph, evidence, graph_of, sampling_patch, setup, texts, wired
+from .evidence import Graph, controlnet_end, evidence, graph_of, sampling_patch, setup, texts, wired
 from .fast_path import OFF, fast_input, faster, tiny_vae, tiny_vae_output
 from .negative_guidance import KEY
 from .sampler import RestartSampler, guider_of, sample_latent
 
 AUTO = "automatic"
 ALIASES = ["few step", "turbo", "lightning", "lcm", "dmd2", "hyper", "tcd", "schnell", "distilled", "scheduler", "dmd"]
+LOGGED: set[str] = set()
 log = logging.getLogger(__name__)
 
 
@@ -155,7 +156,9 @@ def words(match: Match, profile: Profile, sigmas: Tensor, warnings: list[str]) -
             "Switch Models wires both"
         )
     for warning in warnings:
-        log.warning(warning)
+        if warning not in LOGGED:  # once, however often the graph is queued; the text always has it
+            log.warning(warning)
+            LOGGED.add(warning)
     return "\n".join([*lines, *(f"Warning: {w}" for w in warnings)])
 
 
@@ -314,6 +317,7 @@ class FewStepSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         graph, node = graph_of(cls.hidden)
         wiring = {"negative": bool(texts(graph, node, "negative")), "nag": KEY in model.attachments}
+        wiring |= {"controlnet_end": controlnet_end(positive)}
         wiring |= {"cfg": cfg} if cfg else {}
         found = plan(
             model, latent, steps=steps, denoise=denoise, profile=profile, graph=graph, node=node, fast=fast, **wiring

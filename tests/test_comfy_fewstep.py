@@ -17,6 +17,7 @@ if not comfy_host.in_comfy():
 else:
     comfy_host.start_comfy()
 
+    import comfy.controlnet
     import comfy.sample
     import comfy.samplers
     import comfy.sd
@@ -108,8 +109,8 @@ else:
             other = engine(name, model, profile, steps, gamma=1.0 if out[1].gammas[0] == 0 else 0.0)
             assert (image - other).abs().max() > 1e-2 * expected.abs().max()
 
-    def ksampler(model, start, seed=5, scheduler="simple", denoise=1.0):
-        cond = comfy_tiny.conditioning("sd15_eps", 1)
+    def ksampler(model, start, seed=5, scheduler="simple", denoise=1.0, cond=None):
+        cond = cond or comfy_tiny.conditioning("sd15_eps", 1)
         noise = comfy.sample.prepare_noise(start["samples"], seed)
         return comfy.sample.sample(
             model, noise, 4, 1.0, "lcm", scheduler, cond, cond, start["samples"], denoise=denoise,
@@ -218,6 +219,37 @@ else:
         with pytest.raises(ValueError, match="needs a negative prompt"):
             FewStepSampler.execute(model, positive, start, 5, 0, 1.0, 3.0, "flux-schnell")
 
+    class Control(comfy.controlnet.ControlBase):
+        """Adds to what the middle of a UNet gives."""
+
+        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+            begin, end = self.timestep_range
+            added = 2.0 if end < float(t[0]) <= begin else 0.0
+            return {"input": [], "middle": [torch.full((1, 1, 1, 1), added)], "output": []}
+
+        def inference_memory_requirements(self, dtype):
+            return 0
+
+    def controlled(end=1.0):
+        control = Control().set_cond_hint(None, 1.0, (0.0, end))
+        cond, options = comfy_tiny.conditioning("sd15_eps", 1)[0]
+        return [[cond, {**options, "control": control, "control_apply_to_uncond": True}]]
+
+    @torch.inference_mode()
+    def test_a_controlnet_works_as_in_the_stock_sampler_and_one_that_ends_early_is_told():
+        model, start = comfy_tiny.patcher("sd15_eps"), latent("sd15_eps")
+
+        def one_node(cond):
+            return FewStepSampler.execute(model, cond, start, 5, 0, 1.0, 0.0, "dmd2-sdxl-4step")
+
+        image, said = one_node(controlled())[:2]
+        stock = ksampler(model, start, cond=controlled())
+        torch.testing.assert_close(image["samples"], stock, atol=1e-4 * stock.abs().max().item(), rtol=0)
+        plain = one_node(comfy_tiny.conditioning("sd15_eps", 1))[0]["samples"]
+        assert (image["samples"] - plain).abs().max() > 1e-2 * plain.abs().max()
+        assert "ControlNet" not in said
+        assert "ControlNet ends at 80%" in one_node(controlled(0.8))[1]
+
     # --- recognition --------------------------------------------------------------------------------------------------
 
     def student_file(folder, model, name="x", steps=2, metadata=True, preset="attention"):
@@ -284,10 +316,12 @@ else:
 
     @torch.inference_mode()
     def test_wrong_pairings_are_said_and_logged_once(caplog):
+        few_step.LOGGED.clear()
         model = comfy_tiny.patcher("sd15_eps")
         wrong = ModelSamplingDiscrete().patch(model, "lcm", False)[0]
         out = FewStep.execute(wrong, 0, 1.0, "hyper-sd15-lora")
         assert out[4].count("ModelSamplingDiscrete (lcm)") == 1
+        assert FewStep.execute(wrong, 0, 1.0, "hyper-sd15-lora")[4] == out[4]  # queued again: told, not logged
         assert sum("ModelSamplingDiscrete" in r.getMessage() for r in caplog.records) == 1
         right = FewStep.execute(model, 0, 1.0, "hyper-sd15-lora")
         assert "Warning" not in right[4]
@@ -301,6 +335,37 @@ else:
             FewStep.execute(model, 0, 1.0, "flux-schnell")
         with pytest.raises(ValueError, match="steps"):
             FewStep.execute(model, 3, 1.0, "dmd2-sdxl-1step")
+
+    def test_a_wrong_sampler_behind_the_node_is_told(monkeypatch):
+        model = comfy_tiny.patcher("sd15_eps")
+        inputs = {"model": ["1", 0], "cfg": 7.0, "sampler_name": "euler", "scheduler": "karras", "negative": ["3", 0]}
+        graph = {
+            "1": {"class_type": "DMD_FewStep", "inputs": {"model": ["9", 0]}},
+            "2": {"class_type": "KSampler", "inputs": inputs},
+            "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "blurry"}},
+        }
+        monkeypatch.setattr(few_step, "graph_of", lambda _: (graph, "1"))
+        said = FewStep.execute(model, 0, 1.0, "dmd2-sdxl-4step")[4]
+        for words in (
+            "karras is the wrong scheduler",
+            "cfg 7 burns",
+            "euler keeps the noise",
+            "The negative prompt is",
+        ):
+            assert said.count(words) == 1, said
+        inputs |= {"cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple", "negative": ["9", 1]}
+        right = FewStep.execute(model, 0, 1.0, "dmd2-sdxl-4step")[4]
+        assert "scheduler" not in right
+        assert "burns" not in right
+
+    def test_a_lora_on_an_fp8_base_is_told(tmp_path):
+        base = comfy_tiny.patcher("sd15_eps", inference=False)
+        model = loaded(base, student_file(tmp_path, base))
+        assert "fp8" not in FewStep.execute(model)[4]
+        layer = next(m for m in base.model.diffusion_model.modules() if isinstance(m, torch.nn.Linear))
+        layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+        assert FewStep.execute(model)[4].count("fp8 base loses small changes") == 1
+        assert "fp8" not in FewStep.execute(base, 0, 1.0, "dmd2-sd15-1step")[4], "no LoRA, no trouble"
 
     # --- negative guidance --------------------------------------------------------------------------------------------
 
