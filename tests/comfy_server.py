@@ -81,11 +81,11 @@ def serving(base: Path, *flags: str) -> Iterator[Server]:
     root = comfy_host.comfy_path()
     if root is None:
         raise ValueError(comfy_host.missing())
-    if not base.exists():  # else it is started again
+    if not (base / "custom_nodes").exists():  # else it is started again
         (base / "custom_nodes").mkdir(parents=True)
         (base / "custom_nodes" / "ComfyUI-DMD").symlink_to(comfy_host.PACK, target_is_directory=True)
         (base / "custom_nodes" / "standins").symlink_to(STANDINS, target_is_directory=True)
-        (base / "input").mkdir()
+        (base / "input").mkdir(exist_ok=True)
         holed_picture().save(base / "input" / PICTURE)
     port = free_port()
     env = {
