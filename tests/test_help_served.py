@@ -77,6 +77,33 @@ else:
             browser.screenshot(PICTURES / f"distill {language}.png")
         server.post("/settings/Comfy.Locale", "en")
 
+    CHOOSE = "(method) => { app.graph.nodes[0].widgets.find(w => w.name === 'method').value = method; }"
+    WHERE = """(name) => {
+        const node = app.graph.nodes[0], ds = app.canvas.ds;
+        node.pos = [200, 200];
+        [ds.scale, ds.offset] = [1, [0, 0]];
+        app.canvas.draw(true, true);
+        const widget = node.widgets.find(w => w.name === name);
+        const at = app.canvasEl.getBoundingClientRect();
+        return [at.left + node.pos[0] + node.size[0] - 60, at.top + node.pos[1] + widget.y + 8];
+    }"""
+
+    def test_tooltips_inside_of_a_choice_are_in_the_users_language(server):
+        """Also of what comes with another choice than the first."""
+        server.post("/settings/Comfy.Locale", "ja")
+        words = json.loads((LOCALES / "ja" / "nodeDefs.json").read_text(encoding="utf-8"))["DMD_Distill"]["inputs"]
+        with browsing(server) as browser:
+            browser.page.evaluate(SHOWN, "DMD_Distill")
+            for method, name in (("DMD2", "critic_updates"), ("LADD", "discriminator_lr")):
+                browser.page.mouse.move(5, 500)
+                browser.page.evaluate(CHOOSE, method)
+                browser.page.evaluate(WHERE, f"method.{name}")
+                browser.page.wait_for_timeout(600)
+                browser.page.mouse.move(*browser.page.evaluate(WHERE, f"method.{name}"))
+                browser.page.wait_for_selector(".node-tooltip", timeout=10_000)
+                assert browser.page.locator(".node-tooltip").inner_text() == words[f"method_{name}"]["tooltip"]
+        server.post("/settings/Comfy.Locale", "en")
+
     def test_the_help_page_opens_with_its_picture(server):
         with browsing(server) as browser:
             page = browser.page
