@@ -4,10 +4,13 @@ import logging
 import sys
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import comfy.model_base
 import comfy.sample
 import comfy.samplers
 import latent_preview
+import node_helpers
 import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
@@ -24,6 +27,7 @@ TEXT_TOKENS = 256  # assumed for the predicted cost; the report after a run has 
 PAD = 16  # latent cells around the hole that a local decode sees
 UNPAINTED = (64, 64)  # of the mask that Load Image gives where nothing was painted, whatever the picture's size
 SESSIONS: dict[str, Session] = {}
+CANVASES: WeakKeyDictionary[Any, inpaint.Canvas] = WeakKeyDictionary()  # by the VAE
 
 RegionType = io.Custom("DMD_REGION")
 
@@ -105,6 +109,14 @@ class PrepareInpaint(io.ComfyNode):
                 io.Int.Input(
                     "steps", default=20, min=1, max=200, tooltip="Only for the predicted cost.", advanced=True
                 ),
+                io.Boolean.Input(
+                    "local",
+                    default=False,
+                    optional=True,
+                    tooltip="canvas: encode only what changed since the last picture with this VAE. Faster for many "
+                    "edits on one canvas; near a change the latent then depends a little on what came before.",
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="Encoded, with its noise mask."),
@@ -118,7 +130,7 @@ class PrepareInpaint(io.ComfyNode):
     @classmethod
     def execute(
         cls, image, mask, vae, area, context, grow, soften, fill_holes, prefill, left, top, right, bottom, steps,
-        model=None,
+        model=None, local=False,
     ) -> io.NodeOutput:  # fmt: skip
         original, mask = extended(picture(image), mask.float(), (left, right, top, bottom))
         size = (original.shape[-2], original.shape[-1])
@@ -132,8 +144,14 @@ class PrepareInpaint(io.ComfyNode):
         filled = original if prefill == "none" else inpaint.prefill(original, mask, prefill)
         parts, holes = (filled, mask) if boxes is None else (crop.cut(filled, boxes), crop.cut(mask, boxes))
         cells = F.max_pool2d(holes[:, None], ratio)
-        latent = {"samples": vae.encode(as_image(parts)), "noise_mask": cells}
         info = told(mask, cells, boxes, model, steps, multiple // ratio)
+        if local and boxes is None:
+            canvas = CANVASES.setdefault(vae, inpaint.Canvas())
+            samples = canvas.encode(parts, ratio, lambda value: vae.encode(as_image(value)))
+            info += f"\n{canvas.share:.0%} of the canvas was encoded"
+        else:
+            samples = vae.encode(as_image(parts))
+        latent = {"samples": samples, "noise_mask": cells}
         return io.NodeOutput(latent, Region(original, mask, boxes, size), as_image(parts), holes, info)
 
 
@@ -166,6 +184,24 @@ def patch_of_model(model: Any) -> int | None:
     return patch_of(net)[-1]
 
 
+def reads_masked(model: Any) -> bool:
+    """Is this an inpainting model, which is given mask and masked picture in channels of its own?"""
+    if model is None:
+        return False
+    base = model.model
+    net = base.diffusion_model
+    # Flux Fill; twice the channels are a control LoRA
+    fill = isinstance(base, comfy.model_base.Flux) and net.in_channels > 2 * net.out_channels
+    return fill or "masked_image" in base.concat_keys
+
+
+def masked_picture(region: "Region", vae: Any, latent: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What such a model is told: the picture with a grey hole, whatever the prefill is, and where the hole is."""
+    grey = inpaint.prefill(region.original, region.mask, "neutral")
+    parts = grey if region.boxes is None else crop.cut(grey, region.boxes)
+    return {"concat_latent_image": vae.encode(as_image(parts)), "concat_mask": latent["noise_mask"]}
+
+
 def boxes_of(mask: Tensor, area: str, model: Any, context: float, multiple: int) -> list[Box] | None:
     if area == "auto":
         area = "crop per island" if model is not None and patch_of_model(model) is None else "canvas"
@@ -177,6 +213,16 @@ def boxes_of(mask: Tensor, area: str, model: Any, context: float, multiple: int)
 def told(mask: Tensor, cells: Tensor, boxes: list[Box] | None, model: Any, steps: int, patch: int) -> str:
     if not mask.any():
         return "the mask is empty: the picture is returned as it came"
+    said = cost(mask, cells, boxes, model, steps, patch)
+    if reads_masked(model):
+        said += (
+            "\nan inpainting model, which reads the picture with a grey hole. Inpaint shows it one; otherwise "
+            "take prefill neutral, or connect image and mask to Inpaint Model Conditioning"
+        )
+    return said
+
+
+def cost(mask: Tensor, cells: Tensor, boxes: list[Box] | None, model: Any, steps: int, patch: int) -> str:
     if boxes is not None:
         share = sum(b.area for b in boxes) / mask.numel()
         height, width = boxes[0].height, boxes[0].width
@@ -199,8 +245,8 @@ class LazyInpaint(io.ComfyNode):
             display_name="Lazy Inpaint",
             category="DMD/inpaint",
             description="Only the tokens of the hole are computed; the context's keys and values come from a bank. "
-            "For Flux, Flux.2, SD3, Qwen-Image and Z-Image. With m the computed share of N image tokens and T text "
-            "tokens, a lazy step costs (mN+T)/(N+T) of a dense one.",
+            "For Flux, Flux.2, Chroma, SD3, Qwen-Image, Z-Image and Wan. With m the computed share of N image tokens "
+            "and T text tokens, a lazy step costs (mN+T)/(N+T) of a dense one.",
             search_aliases=["lazy", "inpaint", "faster inpaint", "lazydiffusion", "kv cache", "dmd"],
             inputs=[
                 io.Model.Input("model", tooltip="A transformer; other models pass through, and info says why."),
@@ -435,10 +481,13 @@ class Inpaint(io.ComfyNode):
         prefill, grow, soften,
     ) -> io.NodeOutput:  # fmt: skip
         latent, region, _, _, info = PrepareInpaint.execute(
-            image, mask, vae, "auto", 1.5, grow, soften, True, prefill, 0, 0, 0, 0, steps, model
+            image, mask, vae, "auto", 1.5, grow, soften, True, prefill, 0, 0, 0, 0, steps, model, mode == "session"
         ).args
         if not region.mask.any():
             return io.NodeOutput(image, info)
+        if reads_masked(model):
+            told_too = masked_picture(region, vae, latent)
+            positive, negative = (node_helpers.conditioning_set_values(c, told_too) for c in (positive, negative))
         node_id = cls.hidden.unique_id if cls.hidden else None
         lazy = Lazy(LazyConfig(mode=mode), SESSIONS.setdefault(f"node {node_id}", Session()), shower(node_id))
         start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])

@@ -529,7 +529,7 @@ else:
             for i in nodes.PrepareInpaint.define_schema().inputs
             if getattr(i, "default", None) is not None
         }
-        values = {**defaults, "image": image, "mask": mask, "vae": FakeVAE(), "model": model, **options}
+        values = {**defaults, "image": image, "mask": mask, "vae": FakeVAE(), "model": model} | options
         return nodes.PrepareInpaint.execute(**values).args
 
     def photo(b=1, h=128, w=160):
@@ -663,6 +663,94 @@ else:
         assert ("tokens are computed" in info) == (family == "flux")
         assert torch.equal(same, image)
         assert "empty" in notice
+
+    def inpainting_model(family):
+        """As SD1.5 inpainting (9 channels) and Flux Fill (6 times the channels) are."""
+
+        def fill():
+            return comfy.model_base.Flux(
+                comfy.supported_models.Flux(comfy_tiny.flux_config(in_channels=96)), device="cpu"
+            )
+
+        def nine():
+            config = comfy.supported_models.SD15(comfy_tiny.unet(in_channels=9))
+            config.unet_config.update(num_heads=4)
+            model = comfy.model_base.BaseModel(config, device="cpu")
+            model.set_inpaint()
+            return model
+
+        build = {"sd15_eps": nine, "flux": fill}[family]
+        return comfy_tiny.Tiny(**{**vars(comfy_tiny.FAMILIES[family]), "build": build})
+
+    @pytest.mark.parametrize("family", ["sd15_eps", "flux"])
+    def test_an_inpainting_model_is_shown_the_picture_with_a_grey_hole(family):
+        name = f"{family}_inpaint"
+        comfy_tiny.FAMILIES[name] = inpainting_model(family)
+        model = comfy_tiny.patcher(name)
+        vae, given = SixteenChannels(), []
+        if family == "sd15_eps":
+            vae.encode = lambda pixels: SixteenChannels().encode(pixels)[:, :4]
+        conds = [comfy_tiny.conditioning(name, s) for s in (1, 2)]
+        image, mask = photo(), spot()
+        common = (model, vae, *conds, 1, 1, 1.0, "euler", "simple", 1.0, "session", "push-pull", 0, 0)
+        inner = model.model._apply_model
+
+        def spied(x, t, c_concat=None, *args, **kwargs):
+            given.append(c_concat)
+            return inner(x, t, c_concat, *args, **kwargs)
+
+        model.model._apply_model = spied
+        with torch.inference_mode():
+            out, info = nodes.Inpaint.execute(image, mask, *common).args
+        assert "grey hole" in info
+        assert (out - image)[mask == 0].abs().max() == 0
+        _, _, parts, holes, _ = prepared(image, mask, model, grow=0, soften=0)
+        grey = parts.clone()
+        grey[holes == 1] = 0.5
+        wanted, prefilled = (model.model.process_latent_in(vae.encode(p)) for p in (grey, parts))
+        first = int(family == "sd15_eps")  # whose mask comes before
+        shown = given[0][:, first : first + wanted.shape[1]]
+        assert torch.allclose(shown, wanted, atol=1e-5)
+        assert (shown - prefilled).abs().max() > 0.01  # control: the prefill is something else
+        assert "grey hole" not in prepared(image, mask, comfy_tiny.patcher(family))[-1]
+
+    def test_an_offloaded_model_is_told_about():
+        model, said = comfy_tiny.patcher("sd3"), []
+        shape = shape_of("sd3")
+        patch, clone = patched(model)
+        patch.tell, begin = said.append, patch._begin
+
+        def offloaded(guider, *args):
+            guider.model_patcher.model.model_lowvram = True
+            return begin(guider, *args)
+
+        sampled(clone, "sd3", hole(shape), draw(shape, 5))
+        assert not any("gains little" in text for text in said)
+        patch._begin = offloaded
+        sampled(clone, "sd3", hole(shape), draw(shape, 5))
+        assert any("gains little" in text for text in said)
+
+    def test_only_what_changed_is_encoded_and_the_rest_of_the_latent_stays_to_the_bit():
+        class Counting(FakeVAE):
+            seen = ()
+
+            def encode(self, pixels):
+                self.seen = (*self.seen, pixels[..., 0].numel())
+                return super().encode(pixels)
+
+        image, first, second = photo(1, 512, 512), spot(1, 512, 512), spot(1, 512, 512, 300, 400)
+        vae = Counting()
+        options = {"grow": 0, "soften": 0, "area": "canvas", "vae": vae, "local": True}
+        before = prepared(image, first, **options)[0]["samples"]
+        latent, *_, info = prepared(image, second, **options)
+        after = latent["samples"]
+        assert vae.seen[0] == 512 * 512
+        assert sum(vae.seen[1:]) < 0.6 * vae.seen[0]
+        assert "of the canvas was encoded" in info
+        assert torch.equal(after[..., 45:, :20], before[..., 45:, :20])
+        whole = prepared(image, second, **{**options, "local": False})[0]["samples"]
+        assert (after - whole).abs().max() < 0.05
+        assert vae.seen[-1] == 512 * 512
 
     @pytest.mark.parametrize("node", ["PrepareInpaint", "LazyInpaint", "CompositeInpaint", "Inpaint"])
     def test_schemas_hold_and_every_choice_is_explained(node):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dmd_core import inpaint
+from dmd_core import inpaint, shapes
+from dmd_core.inpaint import canvas as canvas_file
 from dmd_core.inpaint import crop, masks, strokes
 
 
@@ -433,3 +434,77 @@ def test_memory_is_counted_and_bounded(rng):
     assert same(rows(spilled), rows(spilled))
     bank.clear()
     assert sum(bank.nbytes) == 0
+
+
+# --- latents kept between edits ---
+
+
+def tone_encoder(pixels):
+    """Three cells of reach, and a tone that depends on all it sees, as with an autoencoder's normalisation."""
+    cells = torch.nn.functional.avg_pool2d(pixels, 8)
+    near = torch.nn.functional.avg_pool2d(cells, 3, 1, 1, count_include_pad=False)
+    return torch.cat([near, cells - near], 1) * (1 + 0.2 * pixels.mean((1, 2, 3), keepdim=True))
+
+
+def edited_photo(rng, size=512):
+    y, x = torch.linspace(0, 7, size)[:, None], torch.linspace(0, 5, size)[None]
+    first = torch.stack([0.5 + 0.4 * (x * k + y).sin() for k in (1.0, 1.7, 0.6)])[None].repeat(2, 1, 1, 1)
+    first = first + 0.05 * torch.randn(first.shape, generator=rng)
+    second = first.clone()
+    second[0, :, 200:260, 300:340] = 0.9
+    return first, second
+
+
+def test_a_second_encoding_computes_the_change_alone_and_keeps_the_rest_to_the_bit(rng, monkeypatch):
+    first, second = edited_photo(rng)
+    seen = []
+
+    def encode(pixels):
+        seen.append(pixels.numel())
+        return tone_encoder(pixels)
+
+    canvas = inpaint.Canvas()
+    before = canvas.encode(first, 8, encode)
+    assert torch.equal(before, tone_encoder(first))
+    after, whole = canvas.encode(second, 8, encode), tone_encoder(second)
+    changed = (second != first).any(1, keepdim=True).float()
+    near = masks.dilate(torch.nn.functional.max_pool2d(changed, 8)[:, 0], 4).bool()[:, None].expand_as(after)
+    assert torch.equal(after[~near], before[~near])
+    assert seen[1] < 0.25 * seen[0] == 0.25 * first.numel()
+    assert canvas.share == pytest.approx(seen[1] / seen[0])
+    scale = whole.std()
+    assert (after - whole)[near].abs().mean() < 0.02 * scale
+    assert torch.equal(canvas.encode(second, 8, encode), after)
+    assert len(seen) == 2  # nothing changed, nothing was encoded
+    assert torch.equal(canvas.encode(0.5 * second, 8, encode), tone_encoder(0.5 * second))  # all changed: all encoded
+    # control: without the ring's tone the crop is off
+    monkeypatch.setattr(canvas_file, "match_ring", lambda parts, *_args, **_options: parts)
+    canvas.encode(first, 8, encode)
+    bare = canvas.encode(second, 8, encode)
+    assert (bare - whole)[near].abs().mean() > 3 * (after - whole)[near].abs().mean()
+
+
+def test_a_latent_with_one_frame_is_local_too_and_a_video_is_encoded_whole(rng):
+    first, second = edited_photo(rng)
+    single, plain = inpaint.Canvas(), inpaint.Canvas()
+    for picture in (first, second):
+        framed = single.encode(picture, 8, lambda p: tone_encoder(p)[:, :, None])
+        flat = plain.encode(picture, 8, tone_encoder)
+    assert single.share < 0.25
+    assert torch.equal(framed[:, :, 0], flat)
+    video = inpaint.Canvas()
+    for picture in (first, second):
+        out = video.encode(picture, 8, lambda p: tone_encoder(p).movedim(0, 1)[None])
+        assert video.share == 1
+        assert torch.equal(out[0].movedim(0, 1), tone_encoder(picture))
+
+
+def test_the_shapes_autoencoder_agrees_with_its_crops(rng):
+    vae = shapes.load_autoencoder()
+    first, second = edited_photo(rng, 384)
+    canvas = inpaint.Canvas()
+    canvas.encode(first[:1], 8, lambda p: vae.encode(2 * p - 1))
+    after, whole = canvas.encode(second[:1], 8, lambda p: vae.encode(2 * p - 1)), vae.encode(2 * second[:1] - 1)
+    assert canvas.share < 0.6
+    assert (after - whole).abs().mean() < 0.01 * whole.std()
+    assert (after - whole).abs().max() < 0.1 * whole.std()

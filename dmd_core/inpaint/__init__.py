@@ -4,6 +4,7 @@ Masks are [b h w] in 0..1; a pixel is known where its mask is exactly 0, and a k
 """
 
 from .bank import Bank, BankFull
+from .canvas import Canvas
 from .composite import composite, fade, match_ring
 from .crop import Box, box_of, crops, merged, paste
 from .masks import binary, check, dilate, fill_holes, islands, ring, soften, stabilise
@@ -17,6 +18,7 @@ __all__ = [
     "Bank",
     "BankFull",
     "Box",
+    "Canvas",
     "Filler",
     "MaskConfig",
     "OnCanvas",
