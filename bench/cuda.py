@@ -30,6 +30,7 @@ TERA = {"sd15": (0.803, 2.515, 0.141, 0.013), "sdxl": (6.761, 10.470, 0.565, 0.1
 TARGET_MS = {("sdxl", 4, "tiny VAE"): 100, ("sd15", 1, "tiny VAE"): 15}
 STEPS = {"sd15": 1, "sdxl": 4}
 BATCH = {"sd15": 4, "sdxl": 1, "sd3": 1, "flux": 1}
+COMPILED = "ours, compiled, s per update"
 SIDES: dict[str, Callable[..., Any]] = {"ours": Ours, "three copies": ThreeCopies}
 
 
@@ -106,10 +107,12 @@ def alarm(limit_s: float) -> Iterator[None]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def side(tier: Tier, name: str, which: str, rounds: int = 3) -> dict[str, float]:
+def side(tier: Tier, name: str, which: str, compiled: bool = False, rounds: int = 3) -> dict[str, float]:
     """Seconds per update and peak GiB of one side, alone on the device."""
     options = {"rank": tier.rank} if which == "ours" else {}
     made = SIDES[which](tier.sizes[name], BATCH[name], tier.device, torch.bfloat16, **options)
+    if compiled:
+        made.net.compile(backend=tier.compiler)
     made.update()
     times = [seconds(made.update, tier.device) for _ in range(rounds)]
     return {"s per update": round(statistics.median(times), 4), "peak GiB": round(tier.peak_gib(), 2)}
@@ -122,7 +125,7 @@ def training_row(tier: Tier, name: str) -> dict[str, Any]:
     for which, figures in found.items():
         for key in ("s per update", "peak GiB"):
             row[f"{which}, {key}"] = figures[key] if isinstance(figures, dict) else figures
-    row |= {"speed": NOT_RUN, "memory": NOT_RUN}
+    row |= {"speed": NOT_RUN, "memory": NOT_RUN, COMPILED: NOT_RUN}
     a, b = found["ours"], found["three copies"]
     if isinstance(a, dict) and isinstance(b, dict):
         row["speed"] = round(b["s per update"] / a["s per update"], 3)
@@ -226,6 +229,10 @@ def go(tier: Tier, write: Callable[[Table], object]) -> list[Table]:
     for name in STEPS:
         images.rows += sampling_rows(tier, name, True)
         write(images)
+    smallest = next(iter(tier.sizes))  # five graphs, three of them with a backward: minutes for anything larger
+    found = tier.attempt(partial(side, tier, smallest, "ours", compiled=True), 180)
+    steps.rows[0][COMPILED] = found["s per update"] if isinstance(found, dict) else found
+    write(steps)
     return [images, steps]
 
 

@@ -141,6 +141,22 @@ def test_what_is_counted_on_paper_is_what_a_run_keeps(bench):
     assert eight.optimizer * 4 == plan.optimizer  # control
 
 
+@pytest.mark.slow
+def test_a_compiled_network_trains_the_same_without_a_break_in_its_graphs(bench):
+    """Adapters' mixes are part of the graph: one each for the bare network, student and critic, by gradient."""
+    made = [bench.training.Ours(bench.models.TINY["flux"], 1, rank=2) for _ in range(2)]
+    torch._dynamo.utils.counters.clear()
+    made[1].net.compile(backend="eager")
+    for side in made:
+        side.update()
+        side.update()
+    for player in ("critic", "student"):
+        eager, compiled = (list(side.state.params[player].values()) for side in made)
+        assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
+
+
 # --- reliability
 
 
@@ -196,6 +212,7 @@ def test_the_cuda_tier_goes_through_all_of_its_rows_on_a_cpu(bench, tmp_path, mo
         assert row["ours, s per update"] > 0
         assert row["three copies, s per update"] > 0
         assert row["speed"] > 0
+    assert training.rows[0][bench.cuda.COMPILED] > 0
 
 
 class Elsewhere(TorchDispatchMode):
