@@ -1,0 +1,117 @@
+"""The table of methods on the shapes world: all rows there, a stopped start loses none, one row comes out again."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmd_core import demo
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "methods.cpu.json"
+PROMISED = {
+    *((name, 1) for name in ("DMD", "Diffusion2GAN", "reflow")),
+    *((name, steps) for name in ("DMD2", "DMD2 + GAN", "LADD") for steps in (1, 2, 4)),
+    *(("teacher", steps) for steps in (1, 2, 4, 40)),
+}
+
+
+@pytest.fixture
+def methods(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    yield importlib.import_module("bench.methods")
+    for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
+        del sys.modules[name]
+
+
+def test_every_method_and_step_count_has_its_row(methods):
+    rows = {(r.name, r.steps) for r in methods.ROWS}
+    assert rows >= PROMISED
+    assert len(rows) == len(methods.ROWS) == len({methods.marked(r) for r in methods.ROWS})
+
+
+def test_a_stopped_start_goes_on_and_other_settings_are_measured_again(methods, monkeypatch, tmp_path):
+    asked = []
+
+    def measured(_world, row, seed):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append((row.key, seed))
+        figures = dict.fromkeys(("accuracy", "coverage", "spread", "dark", "minutes"), 1.0)
+        return {"row": row.key, "seed": seed, "settings": methods.marked(row), "frechet": float(seed), **figures}
+
+    monkeypatch.setattr(methods, "PROGRESS", tmp_path / "bench" / "runs.json")
+    monkeypatch.setattr(methods, "RESULTS", tmp_path)
+    monkeypatch.setattr(methods, "measured", measured)
+    monkeypatch.setattr(methods.demo.World, "load", lambda device: None)
+    one, two, *_ = [r for r in methods.ROWS if r.method]
+    with pytest.raises(KeyboardInterrupt):
+        methods.on_cpu((one, two), (0, 1))
+    first = [(one.key, 0), (two.key, 0), (one.key, 1)]
+    assert asked == first
+    asked.clear()
+    table = methods.on_cpu((one, two), (0, 1))
+    assert asked == [(two.key, 1)]
+    assert [(row["frechet"], row["seeds"]) for row in table.rows] == [(0.5, 2), (0.5, 2)]
+    asked.clear()
+    methods.on_cpu((methods.replace(one, updates=one.updates + 1), two), (0,))  # control
+    assert asked == [(one.key, 0)]
+
+
+def test_a_style_lies_on_the_student_it_belongs_to(methods):
+    """Its row trains nothing of its own: the LoRA set of the plain row is read back."""
+    rows = {r.name: r for r in methods.ROWS if r.steps == 4}
+    style, plain = rows["DMD2, style LoRA"], rows["DMD2"]
+    assert methods.trained_as(style) == methods.trained_as(plain)
+    assert methods.marked(style) != methods.marked(plain)
+    assert methods.trained_as(rows["DMD2, full critic"]) != methods.trained_as(rows["DMD2, full student"])  # control
+
+
+@pytest.mark.parametrize("name", ["DMD", "Diffusion2GAN", "reflow", "DMD2", "DMD2 + GAN", "LADD", "DMD2, full critic"])
+def test_a_row_trains_what_it_says(methods, monkeypatch, tmp_path, name):
+    """Two updates of each kind: the student of a second start is the first one's, read back."""
+    monkeypatch.setattr(methods, "CACHE", tmp_path)
+    monkeypatch.setattr(methods, "NUM_PAIRS", 1)
+    monkeypatch.setattr(methods, "PAIR_STEPS", 2)
+    monkeypatch.setattr(methods, "NUM_REAL", 8)
+    monkeypatch.setattr(methods, "BATCH", 4)
+    row = methods.replace(next(r for r in methods.ROWS if r.name == name), updates=2)
+    world = demo.World.load(torch.device("cpu"))
+    cond = world.encode(["a red circle", "a blue star"])
+    x, sigma = torch.randn(2, *demo.LATENT, generator=torch.Generator().manual_seed(0)), torch.full((2,), 0.9)
+    made, again, other = (methods.student(world, r, 0)[0] for r in (row, row, methods.replace(row, updates=1)))
+    with torch.no_grad():
+        made, again, other, teacher = (view(x, sigma, cond) for view in (made, again, other, world.teacher))
+    assert torch.equal(made, again)
+    assert not torch.equal(made, teacher)
+    assert not torch.equal(made, other)  # control
+
+
+@pytest.mark.skipif(not RESULTS.is_file(), reason="the table was not run: python -m bench methods")
+def test_a_row_of_the_table_comes_out_again(methods):
+    runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
+    row = next(r for r in methods.ROWS if r.key == "teacher, 1")
+    kept = next(r for r in runs if (r["row"], r["seed"]) == (row.key, 0))
+    assert kept["settings"] == methods.marked(row), "the row has changed: measure the table again"
+    found = methods.measured(demo.World.load(torch.device("cpu")), row, 0)
+    assert found["frechet"] == pytest.approx(kept["frechet"], rel=0.01)
+    assert found["accuracy"] == pytest.approx(kept["accuracy"], abs=0.005)
+    assert found["coverage"] == kept["coverage"]
+    assert not any(r["frechet"] == pytest.approx(kept["frechet"], rel=0.01) for r in runs if r["row"] != row.key)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RESULTS.is_file(), reason="the table was not run: python -m bench methods")
+def test_a_trained_row_of_the_table_comes_out_again(methods, monkeypatch, tmp_path):
+    runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
+    row = next(r for r in methods.ROWS if r.key == "DMD2, 1")
+    kept = next((r for r in runs if (r["row"], r["seed"]) == (row.key, 0)), None)
+    if kept is None:
+        pytest.skip("this row was not run yet")
+    monkeypatch.setattr(methods, "CACHE", tmp_path)
+    found = methods.measured(demo.World.load(torch.device("cpu")), row, 0)
+    assert found["frechet"] == pytest.approx(kept["frechet"], rel=0.2)  # other processors round differently
+    assert found["accuracy"] == pytest.approx(kept["accuracy"], abs=0.03)
