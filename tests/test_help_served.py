@@ -94,7 +94,7 @@ else:
         words = json.loads((LOCALES / "ja" / "nodeDefs.json").read_text(encoding="utf-8"))["DMD_Distill"]["inputs"]
         with browsing(server) as browser:
             browser.page.evaluate(SHOWN, "DMD_Distill")
-            for method, name in (("DMD2", "critic_updates"), ("LADD", "discriminator_lr")):
+            for method, name in (("DMD2", "critic_updates"), ("Reflow", "lr")):
                 browser.page.mouse.move(5, 500)
                 browser.page.evaluate(CHOOSE, method)
                 browser.page.evaluate(WHERE, f"method.{name}")
