@@ -1,4 +1,4 @@
-"""python -m bench TABLE | all | cuda [--dry] | settings | page, from the repository's root. One command per table."""
+"""python -m bench TABLE | all | cuda [--dry] | settings | chart | page, from the repository's root. One table each."""
 
 import sys
 from collections.abc import Callable
@@ -44,6 +44,10 @@ def main(args: list[str]) -> None:
             from .memory import settings
 
             print(settings())
+        case ["chart"]:
+            from .chart import write
+
+            print(write())
         case ["page"]:
             from .page import write
 
@@ -55,7 +59,7 @@ def main(args: list[str]) -> None:
         case [name, *row] if name in ORDER and len(row) <= (name == HOURS):
             print(make(name, *row).write("cpu", f"python -m bench {name}"))
         case _:
-            raise SystemExit(f"give one of {', '.join((*ORDER, 'all', 'cuda', 'settings', 'page'))}")
+            raise SystemExit(f"give one of {', '.join((*ORDER, 'all', 'cuda', 'settings', 'chart', 'page'))}")
 
 
 if __name__ == "__main__":

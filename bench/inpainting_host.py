@@ -13,12 +13,13 @@ comfy_host.start_comfy("--use-pytorch-cross-attention")
 
 import comfy.model_base  # noqa: E402
 import comfy.supported_models  # noqa: E402
+import comfy.utils  # noqa: E402
 import comfy_tiny  # noqa: E402
 import torch  # noqa: E402
 
 import nodes as stock  # noqa: E402
 
-TEXT, SIDE, STEPS, FAMILY = 64, 48, 2, "flux_bench"  # tokens, latent cells, steps
+TEXT, STEPS = 64, 1  # one step: what sampling costs once counts in full
 
 
 def record():
@@ -30,56 +31,85 @@ def record():
     return module
 
 
-def model():
-    def build():
-        config = comfy_tiny.flux_config(hidden_size=384, num_heads=3, depth=2, depth_single_blocks=3)
-        return comfy.model_base.Flux(comfy.supported_models.Flux(config), device="cpu")
-
-    options = (("guidance", 3.5),)
-    comfy_tiny.FAMILIES[FAMILY] = comfy_tiny.Tiny(
-        build=build, context=64, shape=(16, SIDE, SIDE), pooled=32, options=options
-    )
-    return comfy_tiny.patcher(FAMILY)
+def flux():
+    config = comfy_tiny.flux_config(hidden_size=512, num_heads=4, depth=2, depth_single_blocks=3)
+    return comfy.model_base.Flux(comfy.supported_models.Flux(config), device="cpu")
 
 
-def sample(patched, latent):
-    cond = comfy_tiny.conditioning(FAMILY, 1, TEXT)
+def sd3():
+    small = comfy_tiny.sd3().model_config.unet_config
+    return comfy.model_base.SD3(comfy.supported_models.SD3({**small, "depth": 8}), device="cpu")
+
+
+def tiny(build, side, **options):
+    return comfy_tiny.Tiny(build=build, context=64, shape=(16, side, side), pooled=32, **options)
+
+
+comfy_tiny.FAMILIES["bench_flux"] = tiny(flux, 64, options=(("guidance", 3.5),))
+comfy_tiny.FAMILIES["bench_sd3"] = tiny(sd3, 56)
+NETWORKS = {"Flux, 512 wide, 2 + 3 blocks": "bench_flux", "SD3, 512 wide, 8 blocks": "bench_sd3"}
+
+
+def sample(patched, latent, family):
+    cond = comfy_tiny.conditioning(family, 1, TEXT)
     stock.common_ksampler(patched, 5, STEPS, 1.0, "euler", "simple", cond, cond, latent)
+
+
+def even(cells: float, side: int) -> int:
+    return min(side, max(2, round(cells / 2) * 2))
+
+
+def measured(name: str, family: str) -> list[dict[str, object]]:
+    """All shares in one run, so that the dense pass is measured once per round."""
+    lazy = comfy_host.pack_module("nodes.inpaint").LazyInpaint
+    inpaint = comfy_host.pack_module("dmd_core.inpaint")
+    base, side = comfy_tiny.patcher(family), comfy_tiny.FAMILIES[family].shape[-1]
+    samples = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(5))
+    tokens = (side // 2) ** 2
+
+    def crop(cells):
+        part = samples[..., :cells, :cells].contiguous()
+        return partial(sample, base, {"samples": part, "noise_mask": torch.ones(1, 1, cells, cells)}, family)
+
+    def edit(latent, key, forget):
+        sample(lazy.execute(base, "session", 1, 3, 5, key, 0, forget, 8.0, 8.0)[0], latent, family)
+
+    works, rows = {}, []
+    for share in SHARES:
+        hole = even(side * share**0.5, side)
+        first = (side - hole) // 4 * 2
+        mask = torch.zeros(1, 1, side, side)
+        mask[..., first : first + hole, first : first + hole] = 1
+        latent = {"samples": samples, "noise_mask": mask}
+        computed = inpaint.select(inpaint.token_mask(mask, (1, 2, 2))).share
+        law = (computed * tokens + TEXT) / (tokens + TEXT)
+        rows.append({"network": name, "m": round((hole / side) ** 2, 3), "computed": round(computed, 3)})
+        rows[-1]["law"] = round(law, 3)
+        # the warm-up fills the bank
+        works[share, "later edit"] = partial(edit, latent, f"{family} {share}", False)
+        works[share, "tight crop"] = crop(hole)
+        works[share, "crop 1.5x"] = crop(even(1.5 * hole, side))
+        if share == 0.1:
+            works[share, "first edit"] = partial(edit, latent, f"{family} first", True)
+    dense = {"samples": samples, "noise_mask": torch.ones(1, 1, side, side)}
+    found = sys.modules["record"].all_compared(works, partial(sample, base, dense, family), ROUNDS)
+    for share, row in zip(SHARES, rows, strict=True):
+        for what in ("later edit", "first edit", "tight crop", "crop 1.5x"):
+            row[what] = round(found[share, what]["ratio"], 3) if (share, what) in found else "not run"
+        row |= {"over the law": round(row["later edit"] / row["law"], 2), "rounds": ROUNDS}
+    return rows
 
 
 @torch.inference_mode()
 def main() -> None:
     torch.set_num_threads(1)
-    all_compared = record().all_compared
-    lazy = comfy_host.pack_module("nodes.inpaint").LazyInpaint
-    inpaint = comfy_host.pack_module("dmd_core.inpaint")
-    base, rows = model(), []
-    samples = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
-    tokens = (SIDE // 2) ** 2
-    for share in SHARES:
-        side = max(2, round(SIDE * share**0.5 / 2) * 2)
-        first = (SIDE - side) // 4 * 2
-        mask = torch.zeros(1, 1, SIDE, SIDE)
-        mask[..., first : first + side, first : first + side] = 1
-        latent = {"samples": samples, "noise_mask": mask}
-        small = {"samples": samples[..., :side, :side].contiguous(), "noise_mask": torch.ones(1, 1, side, side)}
-        computed = inpaint.select(inpaint.token_mask(mask, (1, 2, 2))).share
-
-        def edit(forget: bool, latent=latent, name=str(share)):
-            patched = lazy.execute(base, "session", 1, 3, 5, name, 0, forget, 8.0, 8.0)[0]
-            sample(patched, latent)
-
-        sides = {
-            "later edit": partial(edit, False),
-            "first edit": partial(edit, True),
-            "crop": partial(sample, base, small),
-        }
-        # the bank is filled whenever the later edit comes: by the warm-up, and by every first edit
-        found = all_compared(sides, partial(sample, base, latent), ROUNDS)
-        row = {"m": round((side / SIDE) ** 2, 3), "computed": round(computed, 3)}
-        row["law"] = round((computed * tokens + TEXT) / (tokens + TEXT), 3)
-        rows.append(row | {k: round(v["ratio"], 3) for k, v in found.items()} | {"rounds": ROUNDS})
-    settings = {"network": "ComfyUI's Flux, 384 wide, 2 + 3 blocks, random", "image tokens": tokens}
+    comfy.utils.set_progress_bar_enabled(False)
+    record()
+    rows = []
+    for name, family in NETWORKS.items():
+        rows += measured(name, family)
+        print(rows, file=sys.stderr, flush=True)
+    settings = {"networks": "ComfyUI's own classes, random", "image tokens": "1024 (Flux), 784 (SD3)"}
     print(json.dumps({"rows": rows, "settings": settings | {"text tokens": TEXT, "steps": STEPS, "cfg": 1}}))
 
 
