@@ -9,7 +9,7 @@ from .record import NOT_RUN, Table
 ROOT = Path(__file__).parents[1]
 
 
-def on_cpu(rounds: int = 5) -> Table:
+def on_cpu(rounds: int = 3) -> Table:
     table = Table(
         "guidance",
         "Negative prompts",

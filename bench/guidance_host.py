@@ -8,7 +8,8 @@ from pathlib import Path
 
 import comfy_host
 
-comfy_host.start_comfy("--use-pytorch-cross-attention")
+ROUNDS = int(sys.argv[1])
+comfy_host.start_comfy("--use-pytorch-cross-attention")  # takes argv for its own
 
 import comfy.model_base  # noqa: E402
 import comfy.supported_models  # noqa: E402
@@ -67,7 +68,7 @@ def main() -> None:
 
         guided = guidance.execute(model, negative, 2.0)[0]
         works = {"Negative Guidance, cfg 1": partial(sample, guided, 1.0), "cfg 3": partial(sample, model, 3.0)}
-        found = all_compared(works, partial(sample, model, 1.0), int(sys.argv[1]))
+        found = all_compared(works, partial(sample, model, 1.0), ROUNDS)
         rows += [{"network": name, "what": what} | row for what, row in found.items()]
     settings = {"unet": "SD1.5's layout at 0.4 of its width", "flux": "384 wide, 2 + 3 blocks", "text tokens": TEXT}
     print(json.dumps({"rows": rows, "settings": settings | {"latent": f"{SIDE} x {SIDE}", "steps": STEPS, "batch": 1}}))
