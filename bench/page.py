@@ -17,6 +17,7 @@ ORDER = (
     "variety",
     "inpainting",
     "inpainting_quality",
+    "lazy_student",
     "sliders",
     "sliders_shapes",
     "processes",
