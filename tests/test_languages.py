@@ -134,6 +134,21 @@ def test_every_node_has_a_help_page_that_names_its_inputs(node: str):
     assert unexplained(golden()[node], page) == []
 
 
+@pytest.mark.parametrize("node", sorted(golden()))
+def test_every_help_page_has_a_small_picture_with_words_for_it(node: str):
+    page = (HELP / f"{node}.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[(.*?)\]\((.*?)\)", page)
+    assert pictures
+    for words, name in pictures:
+        assert len(words) > 20
+        assert (HELP / name).stat().st_size < 60_000
+
+
+def test_no_picture_of_the_help_is_unused():
+    pages = "".join(p.read_text(encoding="utf-8") for p in HELP.glob("*.md"))
+    assert [p.name for p in HELP.iterdir() if p.suffix != ".md" and f"({p.name})" not in pages] == []
+
+
 def test_control_a_page_that_skips_an_input_is_seen():
     schema = golden()["DMD_Distill"]
     page = (HELP / "DMD_Distill.md").read_text(encoding="utf-8")
