@@ -7,6 +7,7 @@ from typing import Any
 
 import folder_paths
 import torch
+from comfy.model_management import get_torch_device
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
@@ -15,17 +16,20 @@ from ..dmd_core.runs import Run
 from ..dmd_core.sheet import sheet
 from ..dmd_core.sliders.card import words
 from ..dmd_core.weights.checkpoint import merge_file
+from ..dmd_core.weights.extract import ExtractConfig
 from ..dmd_core.weights.lora import DTYPES, save_lora
 from .comfy_denoiser import schedule_of
 from .comfy_source import file_of, student_sigmas, usual_size, without_text
+from .difference import save_difference
+from .evidence import graph_of
 from .grid import picture_row
 from .sampler import RestartSampler
 from .slider_run import Written, written
 from .students import BEST, Student, find_run, find_snapshot, image_of, mark_of, sheet_of
 
-LORA, MERGED, ALL = "LoRA", "merged model", "all"
+LORA, MERGED, DIFFERENCE, ALL = "LoRA", "merged model", "LoRA of a difference", "all"
 STRENGTHS, CELL = (0.5, 0.75, 1.0, 1.25), 256  # of the grid; pixels of a cell
-FOLDERS = {LORA: "loras", MERGED: "diffusion_models"}
+FOLDERS = {LORA: "loras", MERGED: "diffusion_models", DIFFERENCE: "loras"}
 
 
 def card(student: Student, path: Path, snapshot: Path) -> str:
@@ -129,7 +133,7 @@ class Save(io.ComfyNode):
             category="DMD/train",
             description="Writes a student of a run as a LoRA, or as a whole model with the LoRA merged in. The file "
             "says how it wants to be sampled; a contact sheet and a model card land in the run's folder. Sliders of a "
-            "run become one ordinary LoRA each.",
+            "run become one ordinary LoRA each. Without a run: the LoRA of the difference of two models.",
             search_aliases=["save lora", "export", "merge", "checkpoint", "model card", "dmd"],
             inputs=[
                 io.String.Input("run", default="my student", tooltip="The run's name, from Distill."),
@@ -143,12 +147,15 @@ class Save(io.ComfyNode):
                     "what",
                     options=list(FOLDERS),
                     default=LORA,
-                    tooltip="A LoRA works on models of the same family, also finetuned ones. Merged needs the model.",
+                    tooltip="A LoRA works on models of the same family, also finetuned ones. Merged needs the model. A "
+                    "difference needs no run: it is what distilled has and model has not.",
                 ),
                 io.Combo.Input(
                     "dtype", options=list(DTYPES), default="fp16", tooltip="Of the LoRA file.", advanced=True
                 ),
-                io.Model.Input("model", optional=True, tooltip="For merged: the base, straight from its loader."),
+                io.Model.Input(
+                    "model", optional=True, tooltip="For merged and difference: the base, straight from its loader."
+                ),
                 io.String.Input(
                     "sliders",
                     default=ALL,
@@ -162,6 +169,31 @@ class Save(io.ComfyNode):
                     tooltip="With the base model and a VAE: the first prompt is drawn in several steps and strengths.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="For that picture."),
+                io.Model.Input(
+                    "distilled",
+                    optional=True,
+                    tooltip="For difference: the distilled model, straight from its loader.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=ExtractConfig.rank,
+                    min=1,
+                    max=1024,
+                    optional=True,
+                    tooltip="For difference: the most that a layer gets. 64 to 256 are usual.",
+                    advanced=True,
+                ),
+                io.Float.Input(
+                    "energy",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="For difference: each layer gets the lowest rank that keeps this share of it, such as "
+                    "0.95. 0 gives every layer the whole rank.",
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.String.Output("path", display_name="path", tooltip="Of the file that was written."),
@@ -172,6 +204,7 @@ class Save(io.ComfyNode):
                     tooltip="Steps x strengths where prompts, model and VAE are connected, else the contact sheet.",
                 ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -191,7 +224,18 @@ class Save(io.ComfyNode):
         sliders: str = ALL,
         prompts: list[Any] | None = None,
         vae: Any = None,
+        distilled: Any = None,
+        rank: int = ExtractConfig.rank,
+        energy: float = 0.0,
     ) -> io.NodeOutput:
+        if what == DIFFERENCE:
+            if model is None or distilled is None:
+                raise ValueError("a difference needs two models; connect the base to model, the other to distilled")
+            config = ExtractConfig(rank=rank, energy=energy or None, device=str(get_torch_device()))
+            path, text = save_difference(
+                model, distilled, name or "difference", config, dtype, *graph_of(cls.hidden)
+            )  # fmt: skip
+            return io.NodeOutput(str(path), text, ExecutionBlocker(None), ui=ui.PreviewText(f"{path}\n\n{text}"))
         if prompts is not None and (model is None or vae is None):
             raise ValueError("a picture of steps and strengths needs prompts, model and vae; connect all three or none")
         if what == MERGED and model is None:
