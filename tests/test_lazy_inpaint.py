@@ -276,7 +276,8 @@ def test_latents_and_sound_settings_are_asked_for(net, cond, negative):
     with pytest.raises(ValueError, match="lazy inpainting needs latents"):
         objective.terms("student", Batch(cond, (2, 16, 8, 8)), generator())
     bank.detach()
-    for wrong, words in (({"smallest": 0.7}, "must rise"), ({"whole": 1.0}, "whole 1.0"), ({"adapt": -1}, "adapt is")):
+    mistakes = [({"smallest": 0.7}, "must rise"), ({"whole": 1.0}, "whole 1.0"), ({"adapt": -1}, "adapt is")]
+    for wrong, words in [*mistakes, ({"one_sample": True}, "draws its own holes")]:
         with pytest.raises(ValueError, match=words):
             lazy(net, negative, **wrong)
 
@@ -369,7 +370,7 @@ teacher_steps = 2
 
 def test_a_run_file_makes_a_lora_that_says_what_it_is(tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text(RUN)
+    file.write_text(RUN.replace("guidance = 2.0", "guidance = 2.0\ngan_weight = 0.01"))
     said: list[str] = []
     folder = headless.train_from(file, say=said.append)
     (lora,) = (folder / "lora").glob("*.safetensors")
@@ -379,7 +380,7 @@ def test_a_run_file_makes_a_lora_that_says_what_it_is(tmp_path):
     assert (snapshot / "sheet.png").is_file()
     assert not (folder / "previews" / "latest.png").exists()  # pictures without a hole would mislead
     assert any("student/adapt" in line for line in said)
-    assert any("student/dmd" in line for line in said)
+    assert any("student/dmd" in line and "student/gan" in line for line in said)
 
 
 def test_the_sheets_show_the_teachers_pictures_with_a_hole_filled(tmp_path):
