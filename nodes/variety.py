@@ -13,6 +13,7 @@ from ..dmd_core.variety import jitter_image, jitter_prompt
 
 KEY = "dmd_variety"
 PROMPT, IMAGE = "jitter the prompt", "jitter the first image"
+STRENGTH = 1.0  # of the prompt's jitter: closes most of the shapes student's gap to its teacher (bench/variety.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class Variety(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength",
-                    default=0.3,
+                    default=STRENGTH,
                     min=0.0,
                     max=3.0,
                     step=0.05,
@@ -114,7 +115,7 @@ class Variety(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, how: str = PROMPT, strength: float = 0.3, end: float = 0.25) -> io.NodeOutput:
+    def execute(cls, model: Any, how: str = PROMPT, strength: float = STRENGTH, end: float = 0.25) -> io.NodeOutput:
         if how not in (PROMPT, IMAGE):
             raise ValueError(f"how is {how!r}; use {PROMPT!r} or {IMAGE!r}")
         if strength == 0:

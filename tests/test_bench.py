@@ -328,3 +328,19 @@ def test_only_the_first_call_is_another(bench):
 
     model = bench.variety.First(Inner(), lambda x, sigma, cond: "first")
     assert [model(None, torch.tensor([s]), None) for s in (1.0, 0.9, 0.5)] == ["first", "inner", "inner"]
+
+
+def test_the_default_of_seed_variety_is_the_one_that_was_measured():
+    """On three seeds: nearer to the teacher's variety than the student alone, and as many prompts right."""
+    rows = json.loads((ROOT / "bench" / "results" / "variety.cpu.json").read_text(encoding="utf-8"))["rows"]
+    found = {(r["what"], r["strength"]): (r["distance over the teacher's"], r["prompts right"]) for r in rows}
+    schema = json.loads((ROOT / "tests" / "golden" / "nodes.json").read_text(encoding="utf-8"))["DMD_Variety"]
+    how, strength = (schema["input"]["required"][k][1]["default"] for k in ("how", "strength"))
+    alone, right = found["student", ""]
+
+    def holds(row):
+        return abs(1 - row[0]) < 0.5 * abs(1 - alone) and row[1] >= right - 0.005
+
+    assert holds(found[how, strength])
+    assert not holds(found[how, 2.0]), "control: more loses prompts"
+    assert not holds(found["jitter the first image", 0.6]), "control: no nearer"
