@@ -1,6 +1,6 @@
 """The nodes: thin, V3, and the only place that imports comfy."""
 
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyAPI, ComfyExtension, io
 
 from .discover_sliders import DiscoverSliders
 from .distill import Distill
@@ -43,10 +43,16 @@ NODES: list[type[io.ComfyNode]] = [
 ]
 
 
-# Node ids are permanent. Should one ever change, its old id goes on working by
-# `await ComfyAPI().node_replacement.register(io.NodeReplace(...))` in this class's on_load. None has changed yet, so
-# nothing is registered; tests/test_comfy_schemas.py fails when an id or an input disappears.
+# Node ids are permanent. Should one ever change, it is listed here and its old id goes on working. None has changed
+# yet; tests/test_comfy_schemas.py fails when an id or an input disappears.
+RENAMED: list[io.NodeReplace] = []
+
+
 class DMDExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        for old in RENAMED:
+            await ComfyAPI().node_replacement.register(old)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
 

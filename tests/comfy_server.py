@@ -7,7 +7,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +76,15 @@ class Server:
 
 
 @contextmanager
-def serving(base: Path, *flags: str) -> Iterator[Server]:
-    """ComfyUI with all its folders below `base`."""
+def serving(base: Path, *flags: str, packs: Sequence[str] = ("ComfyUI-DMD",)) -> Iterator[Server]:
+    """ComfyUI with all its folders below `base`; packs: folders that this pack is in."""
     root = comfy_host.comfy_path()
     if root is None:
         raise ValueError(comfy_host.missing())
     if not (base / "custom_nodes").exists():  # else it is started again
         (base / "custom_nodes").mkdir(parents=True)
-        (base / "custom_nodes" / "ComfyUI-DMD").symlink_to(comfy_host.PACK, target_is_directory=True)
+        for pack in packs:
+            (base / "custom_nodes" / pack).symlink_to(comfy_host.PACK, target_is_directory=True)
         (base / "custom_nodes" / "standins").symlink_to(STANDINS, target_is_directory=True)
         (base / "input").mkdir(exist_ok=True)
         holed_picture().save(base / "input" / PICTURE)
