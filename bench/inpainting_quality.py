@@ -23,7 +23,8 @@ def on_cpu(pictures: int = 4, seeds: int = 3) -> Table:
         notes=[
             "The teacher was trained on 64 x 64. A scene that fills a canvas of 128 it does not know (pictures fall "
             "apart there), so the scene stands in the middle as it was trained, with its background around it.",
-            "Nothing outside the hole is judged: it is the given picture in every column.",
+            "Outside the hole every column shows the given picture.",
+            "tight crop is the hole's box in whole tokens, so a strip of at most a token beside the hole is in it.",
         ],
     )
     sys.path.insert(0, str(ROOT / "tests"))

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -140,10 +140,13 @@ class PrepareInpaint(io.ComfyNode):
         # the added rim is known, so a cut patch is never sampled
         rim = (0, -size[1] % multiple, 0, -size[0] % multiple)
         original, mask = F.pad(original, rim, mode="replicate"), F.pad(mask, rim)
-        boxes = boxes_of(mask, area, model, context, multiple)
+        packed = pictures_per_frame(vae) if len(original) > 1 else 1
+        boxes = boxes_of(mask, area, model, context, multiple, video=packed > 1)
         filled = original if prefill == "none" else inpaint.prefill(original, mask, prefill)
         parts, holes = (filled, mask) if boxes is None else (crop.cut(filled, boxes), crop.cut(mask, boxes))
         cells = F.max_pool2d(holes[:, None], ratio)
+        if packed > 1:
+            cells = in_latent_frames(cells, packed)
         info = told(mask, cells, boxes, model, steps, multiple // ratio)
         if local and boxes is None:
             canvas = CANVASES.setdefault(vae, inpaint.Canvas())
@@ -202,11 +205,35 @@ def masked_picture(region: "Region", vae: Any, latent: dict[str, Tensor]) -> dic
     return {"concat_latent_image": vae.encode(as_image(parts)), "concat_mask": latent["noise_mask"]}
 
 
-def boxes_of(mask: Tensor, area: str, model: Any, context: float, multiple: int) -> list[Box] | None:
+def pictures_per_frame(vae: Any) -> int:
+    """How many pictures of a batch a frame of the latent holds; 1 for autoencoders of single pictures."""
+    if getattr(vae, "latent_dim", 2) != 3 or getattr(vae, "not_video", False):
+        return 1
+    return vae.temporal_compression_decode() or 1
+
+
+def in_latent_frames(cells: Tensor, packed: int) -> Tensor:
+    """[f 1 h w] -> [1 1 t h w]: the first picture has a frame of its own, the others share; any of them touches it."""
+    if (len(cells) - 1) % packed:
+        kept = 1 + (len(cells) - 1) // packed * packed
+        raise ValueError(
+            f"got {len(cells)} pictures; this video autoencoder takes one and then {packed} at a time, so give {kept} "
+            f"or {kept + packed}"
+        )
+    rest = rearrange(cells[1:], "(t p) 1 h w -> t p h w", p=packed).amax(1)
+    return torch.cat([cells[0], rest])[None, None]
+
+
+def boxes_of(
+    mask: Tensor, area: str, model: Any, context: float, multiple: int, video: bool = False
+) -> list[Box] | None:
     if area == "auto":
         area = "crop per island" if model is not None and patch_of_model(model) is None else "canvas"
     if area == "canvas" or not mask.any():
         return None
+    if video:  # one box for all frames: a moving one would shake
+        (box,) = inpaint.crops(mask.amax(0, keepdim=True), context, multiple, separate=False)
+        return [replace(box, index=i) for i in range(len(mask))]
     return inpaint.crops(mask, context, multiple, separate=area == "crop per island")
 
 
@@ -227,7 +254,8 @@ def cost(mask: Tensor, cells: Tensor, boxes: list[Box] | None, model: Any, steps
         share = sum(b.area for b in boxes) / mask.numel()
         height, width = boxes[0].height, boxes[0].width
         return f"{len(boxes)} crop(s) of {width} x {height}: {share:.1%} of the pixels; the rest is not seen"
-    tokens = inpaint.select(inpaint.token_mask(cells, (1, patch, patch)), DEFAULTS.ring, DEFAULTS.multiple)
+    frames = cells[:, 0] if cells.ndim == 5 else cells
+    tokens = inpaint.select(inpaint.token_mask(frames, (1, patch, patch)), DEFAULTS.ring, DEFAULTS.multiple)
     grid = (-(-cells.shape[-2] // patch), -(-cells.shape[-1] // patch))
     text = predicted(tokens, grid, TEXT_TOKENS, steps, DEFAULTS)
     if model is None:

@@ -142,12 +142,14 @@ class Pass:
 
     plan(n) is asked once, with the stream's length (references and padding included), and returns the rows to compute:
     [n], or [b n] where every sample has its own; None: all. read(slot) gives context keys and values to attend to;
-    keep(slot, k, v) is given the computed rows.
+    keep(slot, k, v) is given the computed rows. Where the rows of all other tokens are at hand, fill(slot, k, v) copies
+    the whole stream's instead, which is faster.
     """
 
     plan: Callable[[int, torch.device], Tensor | None]
     read: Callable[[Any], tuple[Tensor, Tensor] | None]
     keep: Callable[[Any, Tensor, Tensor], None]
+    fill: Callable[[Any, Tensor, Tensor], None] | None = None
     total: int = 0
     text: int = 0
     rows: Tensor | None = None
@@ -256,10 +258,23 @@ class Pass:
         self.text = max(self.text, own)
         if not self._repeating:
             self.keep(slot, k[..., own:, :], v[..., own:, :])
+        if self.fill is not None and self.rows is not None:
+            return self._filled(slot, k, v, own)
         more = self.read(slot)
         if more is None:
             return k, v
         return torch.cat([k, more[0].to(k)], -2), torch.cat([v, more[1].to(v)], -2)
+
+    def _filled(self, slot: tuple[int, int], k: Tensor, v: Tensor, own: int) -> tuple[Tensor, Tensor]:
+        """Text, then all image rows in their own order, the fresh ones in their places."""
+        assert self.fill is not None
+        assert self.rows is not None
+        out = [x.new_empty(*x.shape[:-2], own + self.total, x.shape[-1]) for x in (k, v)]
+        self.fill(slot, out[0][..., own:, :], out[1][..., own:, :])
+        for whole, fresh in zip(out, (k, v), strict=True):
+            whole[..., :own, :] = fresh[..., :own, :]
+            whole.index_copy_(-2, own + self.rows, fresh[..., own:, :])
+        return out[0], out[1]
 
 
 def pick(values: Tensor, axis: int, index: Tensor) -> Tensor:

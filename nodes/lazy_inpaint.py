@@ -331,6 +331,10 @@ class Lazy:
             found = [run.bank.read(key, slot, context, context.device) for key in keys]
             return torch.cat([k for k, _ in found]), torch.cat([v for _, v in found])
 
+        def fill(slot: Any, k: Tensor, v: Tensor) -> None:
+            for key, ks, vs in zip(keys, k.chunk(len(keys)), v.chunk(len(keys)), strict=True):
+                run.bank.fill(key, slot, ks, vs)
+
         def of(rows: Tensor, places: Tensor) -> Tensor:
             return rows.index_select(-2, places.to(rows.device)) if what is None else rows
 
@@ -342,7 +346,7 @@ class Lazy:
                     hole = run.bank.draft.tokens
                     run.bank.sketch(key, slot, of(ks, hole), of(vs, hole))
 
-        step = Pass(plan, read, keep)
+        step = Pass(plan, read, keep, fill if what == "computed" else None)
         override = step.attention(options.get(OVERRIDE))
         with step.hooked(run.sites):
             out = whole({**options, OVERRIDE: override})

@@ -208,12 +208,12 @@ else:
         assert (stale - whole)[inside(runs[0], whole)].abs().max() > 1e-2
         patch, clone = patched(model, order=[True, False])
         runs = spy(patch)
-        keep = lazy.Bank.read
+        keep = lazy.Bank.fill
         try:
-            lazy.Bank.read = lambda self, *a: tuple(t[..., :0, :] for t in keep(self, *a))
+            lazy.Bank.fill = lambda self, key, slot, k, v: (k.zero_(), v.zero_())
             _, blind = ask(clone, family, [(x, 0.7), (x, 0.7)], mask)
         finally:
-            lazy.Bank.read = keep
+            lazy.Bank.fill = keep
         assert (blind - whole)[inside(runs[0], whole)].abs().max() > 1e-2
 
     @pytest.mark.parametrize("tokens", [(20, 20), (20, 27)], ids=["one call", "two calls"])
@@ -713,6 +713,55 @@ else:
         assert torch.allclose(shown, wanted, atol=1e-5)
         assert (shown - prefilled).abs().max() > 0.01  # control: the prefill is something else
         assert "grey hole" not in prepared(image, mask, comfy_tiny.patcher(family))[-1]
+
+    class VideoVAE(FakeVAE):
+        """Four pictures to a frame, after a first one."""
+
+        latent_dim = 3
+
+        def temporal_compression_decode(self):
+            return 4
+
+        def encode(self, pixels):
+            cells = super().encode(pixels)
+            frames = [cells[:1], *(part.mean(0, keepdim=True) for part in cells[1:].split(4))]
+            return torch.cat(frames).movedim(0, 1)[None]
+
+        def decode(self, latent):
+            frames = latent[0].movedim(0, 1)
+            return super().decode(torch.cat([frames[:1], frames[1:].repeat_interleave(4, 0)]))[None]
+
+    @pytest.mark.parametrize("area", ["canvas", "crop"])
+    def test_every_picture_of_a_video_has_its_own_mask(area):
+        image, mask = photo(9), torch.zeros(9, 128, 160)
+        mask[2, 40:60, 60:80] = mask[7, 60:80, 90:110] = 1
+        options = {"area": area, "vae": VideoVAE(), "grow": 0, "soften": 0, "context": 1.0}
+        latent, region, *_, info = prepared(image, mask, **options)
+        touched = latent["noise_mask"]
+        assert touched.shape == (1, 1, 3, *latent["samples"].shape[-2:])
+        assert touched[0, 0].amax((1, 2)).tolist() == [0, 1, 1]
+        if area == "crop":
+            assert len({(b.top, b.left) for b in region.boxes}) == 1
+        else:
+            assert "tokens" in info
+        made = {"samples": latent["samples"] + 0.2 * touched}
+        (out,) = nodes.CompositeInpaint.execute(region, made, VideoVAE(), 0.0, True, True).args
+        assert (out - image)[mask == 0].abs().max() == 0
+        assert (out - image)[mask == 1].abs().mean() > 0.02
+        with pytest.raises(ValueError, match="give 5 or 9"):
+            prepared(image[:8], mask[:8], **options)
+
+    @pytest.mark.parametrize("mode", lazy.MODES)
+    def test_outside_is_the_given_picture_in_every_mode(mode):
+        model, image, mask = comfy_tiny.patcher("sd3"), photo(), spot()
+        conds = [comfy_tiny.conditioning("sd3", s) for s in (1, 2)]
+        common = (model, SixteenChannels(), *conds, 1, 2, 1.0, "euler", "simple", 1.0, mode, "push-pull", 4, 6)
+        with torch.inference_mode():
+            (out, _) = nodes.Inpaint.execute(image, mask, *common).args
+        untouched = nodes.masks.soften(nodes.masks.dilate(mask, 4), 6) == 0
+        assert 0.5 < untouched.float().mean() < 0.95
+        assert (out - image)[untouched].abs().max() == 0
+        assert (out - image)[mask == 1].abs().mean() > 0.02
 
     def test_an_offloaded_model_is_told_about():
         model, said = comfy_tiny.patcher("sd3"), []

@@ -53,6 +53,7 @@ class Bank:
         self.draft: Draft | None = None
         self.depth = undo
         self._history: list[Past] = []
+        self._used = (0, 0)  # counting every tensor at every write would take longer than the write
 
     def have(self, keys: list[Hashable]) -> Tensor:
         """Tokens whose rows are known at all these keys. bool [n]"""
@@ -81,6 +82,12 @@ class Bank:
         return k.to(device), v.to(device)
 
     @torch.inference_mode()
+    def fill(self, key: Hashable, slot: Hashable, k: Tensor, v: Tensor) -> None:
+        """Copies all rows to where they are needed: one pass over memory, where read() and joining are three."""
+        for place, rows in zip((k, v), self.levels[key].rows[slot], strict=True):
+            place.copy_(rows)
+
+    @torch.inference_mode()
     def forget(self, tokens: Tensor) -> None:
         """These tokens' rows are stale (bool [n]); they are computed again when they are needed."""
         for level in self.levels.values():
@@ -90,12 +97,14 @@ class Bank:
         self.levels.clear()
         self._history.clear()
         self.draft = None
+        self._used = (0, 0)
 
     # --- edits ---
 
     def begin(self, tokens: Tensor) -> None:
         """A new edit of these tokens (indices); an edit before it that was not accepted is dropped."""
         self.draft = Draft(tokens.cpu())
+        self._used = self.nbytes
 
     def sketch(self, key: Hashable, slot: Hashable, k: Tensor, v: Tensor) -> None:
         """The edit's own rows, in the order of its tokens."""
@@ -156,13 +165,15 @@ class Bank:
 
     def _place(self, nbytes: int, device: torch.device) -> torch.device:
         """The rows' device while there is room, then main memory, then an error."""
-        used = self.nbytes
+        used = self._used
         fast, slow = (int(limit * GIB) for limit in self.limits)
         if device.type == "cpu":
             used, fast, slow = (sum(used), 0), fast + slow, 0
         if used[0] + nbytes <= fast:
+            self._used = (self._used[0] + nbytes, self._used[1])
             return device
         if used[1] + nbytes <= slow:
+            self._used = (self._used[0], self._used[1] + nbytes)
             return torch.device("cpu")
         raise BankFull(
             f"the context bank holds {sum(used) / GIB:.2f} GiB and needs {nbytes / GIB:.3f} GiB more, but may take "

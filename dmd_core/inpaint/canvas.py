@@ -42,7 +42,7 @@ class Canvas:
             self.share = 0.0
             return self.latent.clone()
         near = dilate(F.max_pool2d(changed, ratio)[:, 0], RING)
-        boxes = crops(dilate(near, CONTEXT), multiple=2, factor=1.0)
+        boxes = crops(dilate(near, CONTEXT), factor=1.0, multiple=2)
         self.share = sum(b.area for b in boxes) / near.numel()
         if self.share > SAVING:
             return None
