@@ -1,5 +1,6 @@
-// The classic canvas shows the pictures that a node gives and drops its words. A node of ours that says something says it
-// on itself, in a text box that is no input: it is not saved, and not sent with the prompt.
+// The classic canvas shows the pictures that a node gives and drops its words. A node of ours whose result is the point
+// (a training, Inspect Run, Model Doctor) says them on itself, in a text box that is no input: it is not saved, and not
+// sent with the prompt. Nodes along the way stay as they are: growing, they would cover their neighbours.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
@@ -20,7 +21,7 @@ function box(node) {
 app.registerExtension({
   name: "DMD.Report",
   nodeCreated(node) {
-    if (!node.comfyClass?.startsWith("DMD_")) return;
+    if (!node.comfyClass?.startsWith("DMD_") || !node.constructor.nodeData?.output_node) return;
     const before = node.onExecuted;
     node.onExecuted = function (output) {
       before?.apply(this, arguments);
