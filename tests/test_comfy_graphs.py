@@ -1,8 +1,8 @@
 """The example graphs executed in a real, headless ComfyUI: shapes graphs as they are, others on tiny models.
 
 Of a graph only its loaders are replaced by stand-ins of the same family, and files by small ones of the same name;
-where it waits for a folder of the user's pictures, it gets one. What trains is cut short: as its plan, where it has one,
-and for two updates, both at 64 pixels.
+where it waits for a folder of the user's pictures, it gets one. What trains is cut short: as its plan, where it has
+one, and for two updates, both at 64 pixels.
 """
 
 import copy
