@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class OwnCritic(DMD2):
         return ("student",)
 
 
+def texts(values: Sequence[float]) -> str:
+    return ", ".join(f"{v:.3f}" if v < 10 else f"{v:.0f}" for v in values)
+
+
 def ratio(rows: Figures, what: str, student: int, teacher: int) -> float:
     return rows[f"student_{student}"][what] / rows[f"teacher_{teacher}"][what]
 
@@ -73,13 +77,13 @@ def on_cpu(seeds: tuple[int, ...] = SEEDS, judged: int = JUDGED) -> Table:
     for name in found[0]:
         values = {k: [f[name][k] for f in found] for k in ("accuracy", "frechet")}
         row = {k: round(statistics.median(v), 4) for k, v in values.items()}
-        table.rows.append({"what": name} | row | {f"{k}, seeds": [round(x, 4) for x in v] for k, v in values.items()})
+        table.rows.append({"what": name} | row | {f"{k}, seeds": texts(v) for k, v in values.items()})
     for claim, (sign, bound, read) in CLAIMS.items():
         values = [read(f) for f in found]
         middle = statistics.median(values)
         holds = middle >= bound if sign == ">=" else middle <= bound
         asked = f"{sign} {bound:g} asked: {'holds' if holds else '**does not hold**'}"
-        table.notes.append(f"{claim}: {middle:.3f} ({', '.join(f'{v:.3f}' for v in values)}), {asked}.")
+        table.notes.append(f"{claim}: {middle:.3f} ({texts(values)}), {asked}.")
     return table
 
 
