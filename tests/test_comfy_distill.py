@@ -147,11 +147,11 @@ else:
     def interrupt_at(monkeypatch, step):
         """As the Cancel button does it, while the run is under way."""
 
-        def cancel(progress):
+        def cancel(progress, run):
             if progress.step == step:
                 mm.interrupt_current_processing(True)
 
-        monkeypatch.setattr(distill, "preview", cancel)
+        monkeypatch.setattr(distill.live, "picture", cancel)
 
     def test_a_cancelled_run_goes_on_to_the_same_student(monkeypatch):
         given = inputs("flux", updates=4, run_name="whole")

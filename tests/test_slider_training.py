@@ -117,7 +117,7 @@ else:
         assert found.base_hash == slider_files.identity(given["model"])
         assert f"use it from {card.describe(found.usable)}" in report
 
-        path, words = execute(save, run=run, sliders="1")
+        path, words, *_ = execute(save, run=run, sliders="1")
         assert words in report
         with caplog.at_level(logging.INFO):
             plus, minus, off = (stock(given["model"], path, s) for s in (1.0, -1.0, 0.0))
