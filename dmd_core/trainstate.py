@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -211,12 +212,14 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def save_atomic(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """safetensors, written aside and renamed; on any failure nothing is left behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")  # one name: what a killed process left is overwritten
+    # a folder of one name: safetensors writes a file of its own beside the given one, and a killed process leaves it
+    aside = path.with_name(f".{path.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
-        save_file(dict(tensors), aside, dict(metadata))
-        with open(aside, "rb+") as file:
+        aside.mkdir(parents=True)
+        save_file(dict(tensors), aside / "part", dict(metadata))
+        with open(aside / "part", "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(aside / "part", path)
     finally:
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
