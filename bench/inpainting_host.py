@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 import nodes as stock  # noqa: E402
 
-TEXT, STEPS = 64, 1  # one step: what sampling costs once counts in full
+TEXT, STEPS = 256, 1  # one step: what sampling costs once counts in full
 
 
 def record():
@@ -32,22 +32,24 @@ def record():
 
 
 def flux():
-    config = comfy_tiny.flux_config(hidden_size=512, num_heads=4, depth=2, depth_single_blocks=3)
+    config = comfy_tiny.flux_config(hidden_size=384, num_heads=3, depth=2, depth_single_blocks=3)
     return comfy.model_base.Flux(comfy.supported_models.Flux(config), device="cpu")
 
 
 def sd3():
-    small = comfy_tiny.sd3().model_config.unet_config
-    return comfy.model_base.SD3(comfy.supported_models.SD3({**small, "depth": 8}), device="cpu")
+    small, depth = comfy_tiny.sd3().model_config.unet_config, 6
+    text = {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 64 * depth}}
+    changes = {"depth": depth, "context_embedder_config": text}
+    return comfy.model_base.SD3(comfy.supported_models.SD3(small | changes), device="cpu")
 
 
 def tiny(build, side, **options):
     return comfy_tiny.Tiny(build=build, context=64, shape=(16, side, side), pooled=32, **options)
 
 
-comfy_tiny.FAMILIES["bench_flux"] = tiny(flux, 64, options=(("guidance", 3.5),))
-comfy_tiny.FAMILIES["bench_sd3"] = tiny(sd3, 56)
-NETWORKS = {"Flux, 512 wide, 2 + 3 blocks": "bench_flux", "SD3, 512 wide, 8 blocks": "bench_sd3"}
+comfy_tiny.FAMILIES["bench_flux"] = tiny(flux, 128, options=(("guidance", 3.5),))
+comfy_tiny.FAMILIES["bench_sd3"] = tiny(sd3, 128)
+NETWORKS = {"Flux, 384 wide, 2 + 3 blocks": "bench_flux", "SD3, 384 wide, 6 blocks": "bench_sd3"}
 
 
 def sample(patched, latent, family):
@@ -109,7 +111,7 @@ def main() -> None:
     for name, family in NETWORKS.items():
         rows += measured(name, family)
         print(rows, file=sys.stderr, flush=True)
-    settings = {"networks": "ComfyUI's own classes, random", "image tokens": "1024 (Flux), 784 (SD3)"}
+    settings = {"networks": "ComfyUI's own classes, random", "image tokens": 4096}
     print(json.dumps({"rows": rows, "settings": settings | {"text tokens": TEXT, "steps": STEPS, "cfg": 1}}))
 
 
