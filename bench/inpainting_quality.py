@@ -9,7 +9,7 @@ from .record import NOT_RUN, Table
 ROOT = Path(__file__).parents[1]
 
 
-def on_cpu(pictures: int = 4, seeds: int = 3) -> Table:
+def on_cpu(pictures: int = 16, seeds: int = 3) -> Table:
     """pictures: per place of the object, of which there are four."""
     table = Table(
         "inpainting_quality",
