@@ -26,7 +26,6 @@ from .trainstate import TrainState, header_of
 
 MAX_NAME = 80  # letters; Windows allows 260 for a whole path
 LOCK_AT = 1 << 30  # a byte far behind the text: Windows' locks would make locked bytes unreadable
-PARTS = ("states", "snapshots", "previews", "pairs", "lora")  # folders inside a run
 _FORBIDDEN = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
 _STATE = re.compile(r"state_(\d{8,12})\.safetensors")
@@ -59,9 +58,9 @@ def locate(root: str | os.PathLike[str], name: str) -> Path:
     root, path = Path(root), Path(root) / check_name(name)
     if path.is_symlink() or path.resolve().parent != root.resolve():
         raise ValueError(f"run {name!r} is a link that leads out of {root}; give the name of a folder inside it")
-    for part in PARTS:
-        if (path / part).is_symlink():
-            raise ValueError(f"{path / part} is a link; a run keeps its files inside its own folder, replace the link")
+    for inside in path.rglob("*"):  # does not walk into links
+        if inside.is_symlink():
+            raise ValueError(f"{inside} is a link; a run keeps its files inside its own folder, replace the link")
     return path
 
 

@@ -24,7 +24,7 @@ from dmd_core.conditioning import Cond
 from dmd_core.pairs import read_pairs
 from dmd_core.prompts import PromptCache, parse_prompts, read_prompts
 from dmd_core.runfile import CONFIGS, RunFile, parse_run_file, write_run_file
-from dmd_core.runs import PARTS, Run, locate, peek
+from dmd_core.runs import Run, locate, peek
 from dmd_core.snapshots import read_measures
 from dmd_core.train import TrainConfig
 from dmd_core.trainstate import TrainState
@@ -394,17 +394,6 @@ def test_no_name_leads_out_of_its_folder(tmp_path, name):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     assert {p.name for p in tmp_path.iterdir()} == {"root"}
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_a_run_whose_part_is_a_link_out_is_refused(tmp_path, part):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "root" / "r").mkdir(parents=True)
-    (tmp_path / "root" / "r" / part).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="link"):
-        locate(tmp_path / "root", "r")
-    (tmp_path / "root" / "r" / part).unlink()
-    assert locate(tmp_path / "root", "r")  # control
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

@@ -113,6 +113,20 @@ class TestNames:
         with pytest.raises(ValueError, match="link"):
             open_run(tmp_path / "root", "run")
 
+    @pytest.mark.parametrize("inside", ["lock", "curves.jsonl", "run.json", ".report.txt.part", "states/newest"])
+    def test_a_run_with_a_link_anywhere_inside_is_refused(self, inside, tmp_path):
+        """A line of the curves, or a file written aside, would land in what the link names."""
+        victim = tmp_path / "victim"
+        victim.write_text("mine")
+        link = tmp_path / "root" / "run" / inside
+        link.parent.mkdir(parents=True)
+        link.symlink_to(victim)
+        with pytest.raises(ValueError, match="is a link"):
+            open_run(tmp_path / "root", "run")
+        assert victim.read_text() == "mine"
+        link.unlink()
+        assert open_run(tmp_path / "root", "run")  # control
+
     def test_auto_finds_the_run_again_and_new_counts_up(self, tmp_path):
         (tmp_path / "a").mkdir()
         assert open_run(tmp_path, "a").path == tmp_path / "a"
