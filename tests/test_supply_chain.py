@@ -51,6 +51,12 @@ def calls(tree: ast.AST) -> Iterator[tuple[ast.Call, str, str]]:
 
 def offences(source: str, where: str = "") -> list[str]:
     tree, found = ast.parse(source), []
+    # functions that the scan knows by their whole name may not come in under a shorter one
+    whole_names = {"torch": {"load"}, "numpy": {"load"}, "os": SYSTEM, "builtins": RUNNERS}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            taken = whole_names.get(str(node.module), set()) & {a.name for a in node.names}
+            found += [f"imports {name} from {node.module}" for name in sorted(taken)]
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -60,8 +66,11 @@ def offences(source: str, where: str = "") -> list[str]:
     given = {id(n): {k.arg: ast.unparse(k.value) for k in n.keywords} for n, _, _ in calls(tree)}
     for node, last, whole in calls(tree):
         keywords = given[id(node)]
-        if whole in RUNNERS:
+        if whole.removeprefix("builtins.") in RUNNERS:
             found.append(f"calls {whole}")
+        module = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+        if last == "import_module" and str(module).partition(".")[0] in UNPICKLERS | NETWORK | STARTERS:
+            found.append(f"imports {module} by its name")
         if whole in ("torch.load", "torch.jit.load", "torch.hub.load") and keywords.get("weights_only") != "True":
             found.append(f"calls {whole} without weights_only=True")
         if whole.endswith(("np.load", "numpy.load")) and keywords.get("allow_pickle") == "True":
@@ -96,6 +105,11 @@ def test_no_pickle_no_eval_no_network_no_shell(path: Path):
         ("from huggingface_hub import snapshot_download\nsnapshot_download('a/b')", "without local_files_only"),
         ("AutoModel.from_pretrained('a/b', local_files_only=False)", "without local_files_only"),
         ("import socket", "imports socket"),
+        ("from torch import load", "imports load from torch"),
+        ("from os import system as go", "imports system from os"),
+        ("import builtins\nbuiltins.eval('1')", "calls builtins.eval"),
+        ("from importlib import import_module\nimport_module('pickle')", "imports pickle by its name"),
+        ("import importlib\nimportlib.import_module('urllib.request')", "imports urllib.request by its name"),
     ],
 )
 def test_control_the_scan_sees_it(source: str, what: str):
