@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import dmd_core.weights.profiles as module
 from dmd_core.families import FAMILIES
-from dmd_core.schedule import Discrete, Flow
+from dmd_core.schedule import Discrete, Flow, shift_time
 from dmd_core.weights.header import content_hash
 from dmd_core.weights.pairings import Setup, wrong_pairings
 from dmd_core.weights.profiles import DATA, GRIDS, SURE, Evidence, bare_name, profiles, recognise, recognise_file
@@ -122,10 +122,19 @@ def piflow(p):
     return scheduler.sigmas[:-1]
 
 
+def lcm_flow(p):
+    """PCM's own schedulers for SD3: LCM's timesteps as shares of the time, shifted."""
+    times = (np.asarray(lcm(p), dtype=np.float64) + 1) / 1000
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=p.shift)
+    scheduler.set_timesteps(sigmas=times)
+    return scheduler.sigmas[:-1]
+
+
 INDEPENDENT = {
     "trailing": trailing,
     "turbo": turbo,
     "lcm": lcm,
+    "lcm-flow": lcm_flow,
     "tcd": tcd,
     "flow-shift": flow_shift,
     "flow-mu": flow_mu,
@@ -166,6 +175,8 @@ def test_the_published_lists_of_sigmas():
     known = {
         ("flux-schnell", 4): [1, 0.75, 0.5, 0.25],
         ("sd35-large-turbo", 4): [1, 0.9, 0.75, 0.5],
+        ("pcm-sd3-lora", 4): [1, 0.9048, 0.75, 0.5132],  # .76 / (1/3 + .76 * 2/3) ...
+        ("pcm-sd3-stochastic-lora", 2): [1, 0.75],
         ("flux2-klein", 4): [1, 0.9674, 0.9081, 0.7672],
         ("z-image-turbo", 8): [1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3],
         ("qwen-2step-lora", 2): [1, 0.75],
@@ -244,6 +255,8 @@ def test_denoise_stays_on_the_trained_levels(profile):
         trained = set(profile.trained())
         if profile.grid == "lcm" and not profile.levels:
             trained = {20 * k - 1 for k in range(1, 51)}
+            if profile.space == "flow":
+                trained = {s.item() for s in shift_time((torch.tensor(sorted(trained)).double() + 1) / 1000, 3.0)}
             if int(50 * denoise) < profile.steps:
                 with pytest.raises(ValueError, match="fewer steps or a higher strength"):
                     profile.kept(denoise)
@@ -451,6 +464,40 @@ def test_only_a_lora_that_tells_nothing_is_hashed_and_then_recognised(tmp_path, 
     assert hashed == []
     nameless.write_bytes(nameless.read_bytes() + b"\0")  # another file under the same name is looked at again
     assert content_hash(nameless) != digest
+
+
+# a name that its authors use for what they have not published under a name of its own
+HINTED = {
+    "dmd2-sd15-1step": "DMD2-SDv1.5",
+    "senseflow-sdxl": "SenseFlow-SDXL",
+    "fastgen-wan": "FastGen_DMD2_Wan2.1-T2V",
+    "anyflow": "AnyFlow-Wan2.1-T2V-1.3B",
+}
+
+
+def test_every_row_is_known_by_a_published_name_or_by_a_hint():
+    assert set(HINTED) == {p.id for p in ROWS.values() if not p.files}
+
+
+@pytest.mark.parametrize("profile", HINTED)
+def test_a_row_without_a_published_name_is_guessed_by_its_hint(profile):
+    match = recognise_file(Evidence(name=f"{HINTED[profile]}.safetensors", shapes=shapes_for(ROWS[profile])))
+    assert (match.profile and match.profile.id, match.sure) == (profile, "guess"), match.reason
+    other = unet("sdxl") if ROWS[profile].base != "sdxl" else unet("sd15")
+    control = recognise_file(Evidence(name=f"{HINTED[profile]}.safetensors", shapes=other)).profile
+    assert control is None or control.id != profile
+
+
+@pytest.mark.parametrize("variant", ["deterministic", "stochastic"])
+@pytest.mark.parametrize("shift", [1, 3])
+def test_pcm_for_sd3_takes_variant_and_shift_from_the_name(variant, shift):
+    file = Evidence(name=f"pcm_{variant}_4step_shift{shift}.safetensors", shapes=LORAS["sd3"])
+    profile = recognise_file(file).profile
+    assert (profile.shift, profile.gamma) == (shift, 1.0 if variant == "stochastic" else 0.0)
+    plain = [1.0, 0.76, 0.5, 0.26]  # authors' 50 levels, every 12.5th rounded down
+    assert profile.trained() == pytest.approx([shift * t / (1 + (shift - 1) * t) for t in plain])
+    nameless = Evidence(name=f"pcm_{variant}_4step.safetensors", shapes=LORAS["sd3"])
+    assert recognise_file(nameless).profile is None, "a shift that the name does not tell is not assumed"
 
 
 def test_steps_and_the_half_of_a_pair_are_read_from_the_name():

@@ -13,11 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import sigmas as grids
 from ..families import FAMILIES
-from ..schedule import Schedule
+from ..families.family import TRAIN_TIMESTEPS
+from ..schedule import Schedule, shift_time
 from .header import Header, Shape, content_hash, read_header
 from .recipe import RECIPE_KEY, Recipe
 from .structure import Structure, identify
@@ -96,15 +98,23 @@ class Profile:
         if self.grid == "turbo":
             return list(grids.turbo(self.steps))
         if self.grid == "lcm":
-            return list(grids.lcm(self.steps))
+            return self._consistency(1.0)
         if self.grid == "list":
             raise ValueError(f"{self.title} has no levels for {self.steps} steps; use {_numbers(self.allowed)}")
         return grids.shifted(self.steps, self.shift_at(width, height))
 
+    def _consistency(self, denoise: float) -> list[float]:
+        """Of the 50 timesteps of consistency training, which flow models (PCM) shift."""
+        found = grids.lcm(self.steps, denoise)
+        if self.space == "vp":
+            return list(found)
+        times = (torch.tensor(found, dtype=torch.float64) + 1) / TRAIN_TIMESTEPS
+        return list(shift_time(times, self.shift_at()).tolist())
+
     def kept(self, denoise: float = 1.0, width: int = 1024, height: int = 1024) -> list[float]:
         """The levels that redo about `denoise` of the work (img2img, inpainting): trained ones, never others."""
         if self.grid == "lcm" and denoise < 1 and not self.levels:
-            return list(grids.lcm(self.steps, denoise))
+            return self._consistency(denoise)
         levels, shift = self.trained(width, height), self.shift_at(width, height)
         if self.space == "vp":
             shares = [(v + 1) / 1000 for v in levels]
@@ -338,7 +348,8 @@ def _published(profile: Profile, name: str) -> Profile | None:
         if match := re.fullmatch(pattern, name):
             found = match.groupdict()
             steps = int(found.get("steps") or profile.steps)
-            return replace(profile.at(steps), part=found.get("part") or "")
+            shift = float(found["shift"]) if found.get("shift") else profile.shift
+            return replace(profile.at(steps), part=found.get("part") or "", shift=shift)
     return None
 
 
