@@ -150,7 +150,7 @@ def lazy_inpaint(bench: Bench) -> Made:
 def ladd(bench: Bench) -> Made:
     config = bench.config()
     student, params = bench.lora("student")
-    objective = LADD(student, params, bench.discriminator(bench.teacher), config)
+    objective = LADD(student, params, bench.discriminator(bench.teacher), config, bench.file.train.steps)
     return Made(objective=objective, student=student, sigmas=config.sigmas, needs_latents=True, takes_pictures=True)
 
 

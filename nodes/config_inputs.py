@@ -50,7 +50,8 @@ WIDGETS = {
     "noise_mean": Widget("Where the discriminator looks: higher judges structure, lower texture.", -3, 3, 0.1),
     "noise_std": Widget("How widely the discriminator's noise levels spread.", 0.1, 3, 0.1),
     "discriminator_updates": Widget("Discriminator updates before every student update.", 1, 20),
-    "early_steps": Widget("Updates during which only the cleaner half of the levels is trained.", 0, 100000),
+    "early_steps": Widget("First updates, in which only the cleaner half of the levels is trained. -1: a fifth of the "
+                          "run, at most 100.", -1, 100000),
     "perceptual_weight": Widget("Weight of the distance in the teacher's own features.", 0, 100, 0.05),
     "l1_weight": Widget("Weight of the plain distance beside it.", 0, 100, 0.05),
     "logit_mean": Widget("Centre of the trained times: 0 is the middle.", -3, 3, 0.1),

@@ -25,6 +25,7 @@ from dmd_core.runfile import parse_run_file, read_run_file
 from dmd_core.runs import Run
 from dmd_core.schedule import Flow
 from dmd_core.train import TrainConfig, train
+from dmd_core.trainstate import config_hash
 from dmd_core.weights.lora import read_lora
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,6 +193,12 @@ def test_every_method_runs_from_a_file_and_leaves_a_lora(world, method, more, si
     assert (run.snapshots()[-1] / "sheet.png").exists()
     assert run.settings()["file"]["method"]["name"] == method
     assert len(list((folder / "pairs").glob("*.safetensors"))) == (0 if "gan" not in more and method == "dmd2" else 2)
+
+
+def test_a_method_knows_how_long_its_run_is(world):
+    made = [headless.prepare(write(world, "ladd", n), True, lambda s: None).method.objective for n in (10, 30)]
+    assert [m.early for m in made] == [2, 6]
+    assert config_hash(made[0].config) == config_hash(made[1].config), "a longer run goes on with the same settings"
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_student(world, tmp_path):

@@ -1,7 +1,10 @@
 """LADD: what the student sees, what the discriminator sees, and who learns from it."""
 
+import re
+
 import pytest
 import torch
+from node_schemas import golden
 from oracle import Gaussian
 from torch import nn
 from toy import FOUR, MLP, ONE, copy_of, heads_on, named
@@ -18,13 +21,13 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def ladd(sigmas=FOUR, **config) -> LADD:
+def ladd(sigmas=FOUR, steps=0, **config) -> LADD:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = NetDenoiser(MLP(16), Flow(), Prediction.FLOW)
     base.net.requires_grad_(False)
     student = copy_of(base)
-    return LADD(student, named(student), heads_on(base), LADDConfig(sigmas=sigmas, **config))
+    return LADD(student, named(student), heads_on(base), LADDConfig(sigmas=sigmas, **config), steps)
 
 
 def levels(objective: LADD, n: int = 8000) -> list[float]:
@@ -43,6 +46,22 @@ def test_curriculum_starts_on_the_cleaner_half_and_then_favours_pure_noise():
     assert levels(objective) == [0, 0, 0, 1]
     objective.turns(1)
     assert levels(objective) == pytest.approx([0.25, 0.25, 0.5, 0], abs=0.03)
+
+
+def test_every_preset_trains_pure_noise_for_four_fifths_of_its_run_and_a_longer_one_never_begins_anew():
+    presets = golden()["DMD_Distill"]["input"]["required"]["preset"][1]["tooltip"]
+    lengths = [int(n) for n in re.findall(r"(\d+) updates", presets)]
+    assert len(lengths) == 3
+    runs = [ladd(steps=n) for n in lengths]
+    for i, (objective, n) in enumerate(zip(runs, lengths, strict=True)):
+        for step in range(n // 5, n, n // 10):
+            objective.turns(step)
+            assert levels(objective, 200)[0] > 0.5
+        objective.turns(0)
+        assert levels(objective, 200)[0] == 0  # control: the beginning leaves it out
+        assert all(longer.early <= n for longer in runs[i:])
+    assert ladd(steps=100, early_steps=30).early == 30
+    assert ladd(steps=100, early_steps=500).early == 500  # what is asked for is done
 
 
 def test_no_signal_leaks_in_at_the_first_level():

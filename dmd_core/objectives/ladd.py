@@ -18,13 +18,16 @@ from ..schedule import Schedule, add_noise, expand
 from ..train import Player
 from .generation import check_sigmas, gaussian, noised, working_dtype
 
+# A run that goes on with more steps must not fall back into its beginning: no longer than the shortest preset.
+EARLY_SHARE, EARLY_MOST = 0.2, 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class LADDConfig:
     sigmas: tuple[float, ...]  # levels at which the student is called, falling, without the final 0
     shares: tuple[float, ...] = ()  # how often each level is trained; (): 0.7 for the first, the rest evenly
     early_shares: tuple[float, ...] = ()  # the same during the first `early_steps`; (): the cleaner half only
-    early_steps: int = 500
+    early_steps: int = -1  # -1: a fifth of the run, at most EARLY_MOST
     noise_mean: float = 1.0  # discriminator's logit-normal times: higher judges structure, lower texture
     noise_std: float = 1.0
     loss: str = "hinge"  # hinge | softplus
@@ -56,11 +59,14 @@ class LADD:
         student_params: Mapping[str, nn.Parameter],
         discriminator: Discriminator,
         config: LADDConfig,
+        steps: int = 0,
     ):
+        """steps: of the whole run, for `early_steps` of -1."""
         check_sigmas(config.sigmas, student.schedule)
         self.student, self.discriminator, self.config = student, discriminator, config
         self.dtype, self.step = working_dtype(student_params), 0
         c = config
+        self.early = min(int(EARLY_SHARE * steps), EARLY_MOST) if c.early_steps < 0 else c.early_steps
         self.players = {
             "discriminator": Player(
                 discriminator.parameters,
@@ -115,7 +121,7 @@ class LADD:
 
     def shares(self) -> Tensor:
         c, n = self.config, len(self.config.sigmas)
-        if self.step < c.early_steps:
+        if self.step < self.early:
             return torch.tensor(c.early_shares or [float(i >= n // 2) for i in range(n)])
         return torch.tensor(c.shares or [0.7, *[0.3 / max(1, n - 1)] * (n - 1)])
 
