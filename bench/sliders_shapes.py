@@ -151,7 +151,8 @@ def discovered(here: Lab, seed: int) -> Figures:
         plus, minus = (axis.along(bench({name: s}, HELD_OUT) - base).mean().item() for s in (1.0, -1.0))
         of = f"direction {i + 1} ({directions.explained[i]:.0%})"
         found |= {("split-half |cos|", of): directions.stability[i].item()}
-        found |= {("rank correlation per picture, own direction", of): calibration.monotony}
+        if calibration.monotony is not None:  # else the usable range is too small to tell
+            found |= {("rank correlation per picture, own direction", of): calibration.monotony}
         found |= {("+1, in sd", of): plus, ("-1 over +1", of): -minus / plus}
     best = "best rank correlation of any direction"
     return found | {(best, factor): rank for factor, rank in ranks.items()} | diversity(here, made, seed == SEEDS[0])

@@ -34,6 +34,8 @@ from dmd_core.sliders import (
     random_strengths,
     variations,
 )
+from dmd_core.sliders.calibration import per_seed_spearman, ranked
+from dmd_core.sliders.card import words as words_of
 
 D = 6
 NEUTRAL, PLUS, MINUS, OTHER, TWIN = range(5)
@@ -421,7 +423,39 @@ def test_what_a_slider_is_worth_is_said(own, other, verdict):
 def test_noise_without_response_is_nothing():
     found = calibrate(responding(lambda s: 0.0 * s, noise=1.0), "s", AXIS, CalibrationConfig())
     assert found.verdict in ("nothing", "drifts")
-    assert found.monotony < 0.5
+    assert found.monotony is None or found.monotony < 0.5
+
+
+def test_a_range_that_is_too_small_to_tell_is_said_and_looked_at_more_closely():
+    # beyond a quarter of a standard deviation something else moves by more than its own
+    near = calibrate(responding(lambda s: 2 * s, lambda s: 1.8 * s), "s", AXIS, CalibrationConfig())
+    assert near.usable == (-0.25, 0.25)
+    assert near.monotony == pytest.approx(1.0)
+    assert [p.strength for p in near.points if 0 < p.strength < 1] == [0.125, 0.25, 0.5]
+    none = calibrate(responding(lambda s: 2 * s, lambda s: 18 * s), "s", AXIS, CalibrationConfig())
+    assert none.usable == (0.0, 0.0)
+    assert none.monotony is None
+    made = card(none, **FACTS)
+    assert "too small to tell" in words_of(made)
+    assert "rank correlation" not in words_of(made)
+    assert from_metadata(made.metadata()) == made
+    assert "rank correlation of 1.00" in words_of(card(near, **FACTS))
+
+
+def test_equal_responses_share_their_rank_and_a_constant_follows_nothing():
+    """Ranks by sorting alone would call a slider that does nothing perfect."""
+    strengths = [-1.0, -0.5, 0.0, 0.5, 1.0]
+    constant = torch.full((5, 3), 0.7)
+    assert constant.argsort(dim=0, stable=True).argsort(0)[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert per_seed_spearman(strengths, constant) == 0
+    assert per_seed_spearman([0.0] * 5, torch.randn(5, 3, generator=generator())) == 0
+    assert ranked(torch.tensor([[2.0], [1.0], [2.0], [3.0]]))[:, 0].tolist() == [1.5, 0.0, 1.5, 3.0]
+    rising = torch.linspace(0, 1, 5)[:, None]
+    assert per_seed_spearman(strengths, rising) == pytest.approx(1)
+    assert per_seed_spearman(strengths, torch.cat([rising, -rising, constant[:, :1]], 1)) == pytest.approx(0)
+    # one step of five: by hand from average ranks
+    step = torch.tensor([[0.0], [0.0], [0.0], [0.0], [1.0]])
+    assert per_seed_spearman(strengths, step) == pytest.approx(0.5**0.5)
 
 
 def test_an_untrained_slider_is_called_nothing():

@@ -19,6 +19,8 @@ from .directions import ALIKE, principal
 from .instant import Joining
 from .pool import Sampling, embedded
 
+TELLING = 3  # strengths of which a rank correlation says something
+
 Measure = Callable[[Mapping[str, float], Sequence[int]], Tensor]  # strengths, seeds -> features [n d]
 
 
@@ -137,12 +139,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """unit: the trained strength that became 1; usable: strengths; monotony: mean per-seed Spearman inside `usable`."""
+    """unit: the trained strength that became 1; usable: strengths; monotony: mean per-seed Spearman inside `usable`,
+    None where fewer than three strengths lie in it."""
 
     unit: float
     points: tuple[Point, ...]
     usable: tuple[float, float]
-    monotony: float
+    monotony: float | None
     verdict: str
 
     def point(self, strength: float) -> Point:
@@ -155,14 +158,19 @@ def calibrate(measure: Measure, name: str, axis: Axis, config: CalibrationConfig
     unit, reached = find_unit(measure, name, axis, range(first, last), config)
     seeds = range(last, last + config.held_out)
     base = measure({}, seeds)
-    multiples = sorted({s * m for m in config.multiples for s in (-1.0, 1.0)})
-    moved = {m: measure({name: m * unit}, seeds) - base for m in multiples}
-    moved = dict(sorted({**moved, 0.0: torch.zeros_like(base)}.items()))
-    along = {m: axis.along(d) for m, d in moved.items()}
-    points = tuple(Point(m, along[m].mean().item(), along[m].std().item(), axis.drift(d)) for m, d in moved.items())
-    usable = usable_range(points, config)
-    inside = [m for m in along if usable[0] <= m <= usable[1]]
-    monotony = per_seed_spearman(inside, torch.stack([along[m] for m in inside])) if len(inside) > 2 else 0.0
+    moved = {0.0: torch.zeros_like(base)}
+
+    def swept(multiples: Sequence[float]) -> tuple[dict[float, Tensor], tuple[Point, ...], tuple[float, float]]:
+        moved.update({s * m: measure({name: s * m * unit}, seeds) - base for m in multiples for s in (-1.0, 1.0)})
+        along = {m: axis.along(moved[m]) for m in sorted(moved)}
+        points = tuple(Point(m, a.mean().item(), a.std().item(), axis.drift(moved[m])) for m, a in along.items())
+        usable = usable_range(points, config)
+        return {m: a for m, a in along.items() if usable[0] <= m <= usable[1]}, points, usable
+
+    inside, points, usable = swept(config.multiples)
+    if len(inside) < TELLING and reached >= config.nothing:  # too coarse to tell: closer to 0
+        inside, points, usable = swept([min(config.multiples) / n for n in (2, 4)])
+    monotony = per_seed_spearman([*inside], torch.stack([*inside.values()])) if len(inside) >= TELLING else None
     return Calibration(unit, points, usable, monotony, verdict(reached, points, usable, config))
 
 
@@ -228,11 +236,20 @@ def verdict(reached: float, points: Sequence[Point], usable: tuple[float, float]
 
 
 def per_seed_spearman(strengths: Sequence[float], values: Tensor) -> float:
-    """Mean over seeds of the rank correlation between strength and response. values: [strengths seeds]"""
-    ranks = values.argsort(0).argsort(0).double()
-    order = torch.tensor(strengths, dtype=torch.float64).argsort().argsort().double()[:, None]
+    """Mean over seeds of the rank correlation between strength and response. values: [strengths seeds]
+
+    Equal values share their rank; what never changes follows nothing, which counts 0.
+    """
+    ranks, order = ranked(values), ranked(torch.tensor(strengths, dtype=torch.float64)[:, None])
     ranks, order = ranks - ranks.mean(0), order - order.mean(0)
-    return ((ranks * order).sum(0) / (ranks.norm(dim=0) * order.norm(dim=0))).mean().item()
+    size = ranks.norm(dim=0) * order.norm(dim=0)
+    return torch.where(size > 0, (ranks * order).sum(0) / size.clamp_min(1e-12), 0.0).mean().item()
+
+
+def ranked(values: Tensor) -> Tensor:
+    """Ranks along the first axis, the mean one where values are equal."""
+    lower, equal = values[:, None] > values[None], values[:, None] == values[None]
+    return lower.sum(1).double() + (equal.sum(1).double() - 1) / 2
 
 
 def additivity(

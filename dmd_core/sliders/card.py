@@ -35,7 +35,7 @@ class SliderCard:
     unit: float
     usable: tuple[float, float]
     points: tuple[Point, ...]
-    monotony: float
+    monotony: float | None  # None: the usable range holds too few strengths
     verdict: str
     ends: tuple[str, str] | None = None  # plus, minus
     explained: float | None = None  # share of the pool's variance, discovered ones
@@ -108,13 +108,16 @@ def words(c: SliderCard) -> str:
     at = {p.strength: p for p in c.points}
     plus, minus, side = at[1.0], at[-1.0], max(at[1.0].drift, at[-1.0].drift)
     ends = f" ({c.ends[1]} - {c.ends[0]})" if c.ends else ""
+    follows = "the range is too small to tell if effect follows strength"
+    if c.monotony is not None:
+        follows = f"effect follows strength with a rank correlation of {c.monotony:.2f}"
     made = f", rank {c.rank} on {c.layers} layers" + (f" of {c.base}" if c.base else "")
     lines = [
         f"{c.name}{ends}: a slider from {c.kind}{made}" if c.kind != "discovered" else f"{c.name}{ends}{made}",
         f"  {VERDICTS[c.verdict]}; use it from {describe(c.usable)}",
         f"  +1 moves it by {plus.response:+.2f} standard deviations of what the model varies in, -1 by "
         f"{minus.response:+.2f}; other things by up to {side:.2f}",
-        f"  per picture, effect follows strength with a rank correlation of {c.monotony:.2f}; looked at by {c.encoder}",
+        f"  per picture, {follows}; looked at by {c.encoder}",
     ]
     if c.explained is not None and c.stability is not None:
         lines.append(f"  {c.explained:.0%} of the pool's variety, and {c.stability:.2f} of 1 the same in halves of it")
