@@ -26,6 +26,7 @@ from .trainstate import TrainState
 
 log = logging.getLogger(__name__)
 ALARM_EVERY = 25  # steps
+REFERENCE = "reference.safetensors"  # the teacher's pictures that snapshots are compared with
 OUT_OF_MEMORY = (
     "the device is out of memory at step {step}; {kept}. Three things help most: a batch of 1 with more accumulation, "
     "gradient checkpointing on, a smaller picture size (then: optimizer 'adamw8bit', a lower rank, an fp8 base)"
@@ -231,7 +232,7 @@ class Session:
                 write_student(folder, self.state.params[name], step)
             else:
                 if self.reference is None:
-                    self.reference = Reference.at(self.run.path / "reference.safetensors", self.gallery)
+                    self.reference = Reference.at(self.run.path / REFERENCE, self.gallery)
                 with torch.no_grad():
                     images = self.gallery.student()
                 fill(folder, self.state.params[name], step, images, self.gallery, self.reference)

@@ -27,7 +27,7 @@ from .adapters import Adapted, AdapterBank
 from .conditioning import Cond
 from .data import Batch, Latents, Prompts
 from .denoiser import Guided
-from .drive import Progress, best_snapshot, drive
+from .drive import REFERENCE, Progress, best_snapshot, drive
 from .inpaint import MaskConfig, draw_holes
 from .inpaint.partial import grid
 from .objectives.dmd2 import DMD2
@@ -129,15 +129,33 @@ class Job:
             self.file.drive,
             gallery=self.gallery(),
             preview=self.preview(),
-            about={"file": asdict(self.file), "prompts": len(self.prompts)},
+            about={"file": asdict(self.file), "prompts": len(self.prompts), "begun_with": self.fixed()},
             processes=self.processes,
             say=self.say,
         )
 
+    def fixed(self) -> dict[str, Any]:
+        """What a run keeps from its first step to its last, beside the settings that its states are marked with."""
+        lora = self.file.lora
+        model = {"name": Path(self.file.model.path).name, "hash": self.identity()}
+        return {"model": model, "layers": lora.layers, "rank": lora.rank, "critic rank": lora.critic_rank or lora.rank}
+
+    def refuse_other(self) -> None:
+        """Another model of the same family would go on from these states, and be judged by the old one's pictures."""
+        before, now = self.run.settings().get("begun_with"), self.fixed()
+        changes = [named_change(k, before[k], v) for k, v in now.items() if before and before.get(k, v) != v]
+        if changes := [c for c in changes if c]:
+            raise ValueError(
+                f"the run {self.run.name!r} was begun with another {', another '.join(changes)}; go on with the same, "
+                "choose another run name, or begin a new run (resume: new)"
+            )
+
     def check(self) -> None:
         """Before the first step: is this a teacher, and what will the run cost?"""
         if self.begun:
+            self.refuse_other()
             return
+        (self.run.path / REFERENCE).unlink(missing_ok=True)  # of a start that came to nothing, maybe on another model
         guidance = self.method.guidance
         if self.file.model.probe and len(self.pool) > 1:
             found = probe.probe(
@@ -303,6 +321,16 @@ class Job:
         path = save_lora(self.run.path / "lora", self.run.name, state, names, family=self.source.family, recipe=recipe)
         self.say(f"the student of {chosen.name} is in {path}")
         return path
+
+
+def named_change(name: str, before: Any, now: Any) -> str:
+    """In words; empty where a model has another name but the same weights."""
+    if name != "model":
+        return f"{name} ({before}, this is {now})"
+    if before["hash"] == now["hash"]:
+        return ""
+    this = f"this is {now['name']}" if before["name"] != now["name"] else "of other weights than this one"
+    return f"model ({before['name']}, {this})"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import comfy.model_sampling
 import latent_preview
 import numpy
 import torch
+from comfy.weight_adapter import WeightAdapterBase
 from einops import rearrange
 from torch import Tensor
 
@@ -190,6 +191,7 @@ class Encoded:
         return self.pool.take(torch.tensor([self.texts.index(p) for p in prompts]))
 
 
+ENDS = 64  # values of a tensor that name it
 MEMORY = "memory.json"
 TRAINING = 3  # activations that a backward needs, over those of a picture with guidance [estimate]
 
@@ -210,6 +212,34 @@ def costs(file: RunFile) -> str:
     """What the memory of a run depends on."""
     named = file.method.name, file.method.features, file.data.batch, file.train.precision, file.train.optimizer
     return config_hash(file.model, file.lora, named)
+
+
+def patches_of(model: Any) -> str:
+    """A name for what LoRAs add to the weights of this MODEL, and how strongly; "none" without any."""
+    found = sorted((k, v) for k, v in model.patches.items() if k.startswith("diffusion_model."))
+    sha = hashlib.sha256()
+    for key, patches in found:
+        for strength, value, strength_model, offset, _function in patches:
+            sha.update(f"{key} {strength} {strength_model} {offset}\n".encode())
+            for part in parts_of(value):
+                sha.update(part)
+    return f"{len(found)} layers, {sha.hexdigest()[:8]}" if found else "none"
+
+
+def parts_of(value: Any) -> Iterator[bytes]:
+    """Numbers, and both ends of every tensor: a whole LoRA would take seconds."""
+    if isinstance(value, Tensor):
+        flat = value.detach().reshape(-1)
+        ends = torch.cat([flat[:ENDS], flat[-ENDS:]]).float().cpu()
+        yield f"{list(value.shape)}".encode() + ends.numpy().tobytes()
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from parts_of(part)
+    elif isinstance(value, WeightAdapterBase):
+        yield value.name.encode()
+        yield from parts_of(value.weights)
+    else:
+        yield str(value).encode() if isinstance(value, int | float | str) else type(value).__name__.encode()
 
 
 @dataclass
@@ -233,9 +263,14 @@ class NativeJob(Job):
     def recipe(self, data: str) -> Recipe:
         return replace(super().recipe(data), shift=shift_of(self.source.denoiser.schedule, self.source.family))
 
+    def fixed(self) -> dict[str, Any]:
+        """The LoRAs on the MODEL belong to the teacher."""
+        patcher = self.source.denoiser.patcher  # type: ignore[attr-defined]
+        return {**super().fixed(), "LoRA on the model": patches_of(patcher)}
+
     def check(self) -> None:
         """Notes beside the states what exporting any snapshot takes later, without the MODEL."""
+        super().check()
         names = [n for n, _ in self.source.net.named_modules() if n]
         found = self.recipe(f"{len(self.prompts)} prompts")
         self.run.write_json("network.json", {"names": names, "recipe": found.to_json()})
-        super().check()

@@ -175,6 +175,41 @@ else:
         Distill.execute(**given | {"run_name": "other", "seed": 1})
         assert not same(weights("other"), weights("whole"))
 
+    def with_lora(model, strength=1.0, seed=0):
+        """The MODEL as Load LoRA gives it."""
+        found, rng = model.clone(), torch.Generator().manual_seed(seed)
+        key = next(k for k, p in model.model.named_parameters() if k.startswith("diffusion_model.") and p.ndim == 2)
+        out, into = model.model.state_dict()[key].shape
+        up, down = torch.randn(out, 2, generator=rng), torch.randn(2, into, generator=rng)
+        lora = {
+            f"{key.removesuffix('.weight')}.lora_up.weight": up,
+            f"{key.removesuffix('.weight')}.lora_down.weight": down,
+        }
+        (loaded, _) = comfy.sd.load_lora_for_models(found, None, lora, strength, 0.0)
+        assert loaded.patches
+        return loaded
+
+    def test_a_run_does_not_go_on_with_another_model_or_other_loras_on_it(place):
+        given = inputs("flux", updates=2)
+        plain, longer = given["model"], given | {"updates": 3}
+        others = {
+            "another model": comfy_tiny.patcher("flux", seed=1),
+            r"another LoRA on the model \(none, this is 1 layers": with_lora(plain),
+        }
+        Distill.execute(**given)
+        noted = (place / "output" / "dmd" / "run" / "network.json").read_bytes()
+        for words, model in others.items():
+            with pytest.raises(ValueError, match=f"begun with {words}.*choose another run name"):
+                Distill.execute(**longer | {"model": model})
+        assert (place / "output" / "dmd" / "run" / "network.json").read_bytes() == noted
+        assert "finished" in Distill.execute(**longer | {"model": plain.clone()}).result[4]  # control
+        mine = given | {"run_name": "mine", "model": with_lora(plain)}
+        Distill.execute(**mine)
+        for model in (plain, with_lora(plain, 0.99), with_lora(plain, seed=1)):
+            with pytest.raises(ValueError, match="another LoRA on the model"):
+                Distill.execute(**mine | {"updates": 3, "model": model})
+        Distill.execute(**mine | {"updates": 3, "model": with_lora(plain)})
+
     def test_a_run_out_of_time_hands_the_queue_back_and_goes_on():
         given = inputs("flux", updates=2, stop_minutes=1e-9)
         student, _lora, loss, _sheet, report, _run = Distill.execute(**given).result

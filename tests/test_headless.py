@@ -1,6 +1,7 @@
 """Run files, headless runs on a tiny shapes world, and several processes as one."""
 
 import contextlib
+import copy
 import os
 import socket
 import subprocess
@@ -218,6 +219,46 @@ def test_a_run_that_stopped_goes_on_to_the_same_student(world, tmp_path):
     for name in ("student.safetensors", "measures.json"):
         parts = [f / "snapshots" / "step_00000004" / name for f in (whole, world / "runs" / "tiny")]
         assert parts[0].read_bytes() == parts[1].read_bytes()
+
+
+def reseeded(monkeypatch, seed):
+    """Another teacher of the same family."""
+    teacher = shapes.load_teacher()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for p in teacher.parameters():
+            p.data = p.data + 0.1 * torch.randn_like(p)
+    monkeypatch.setattr(shapes, "load_teacher", lambda: copy.deepcopy(teacher))
+
+
+def test_a_run_does_not_go_on_with_another_model_or_rank(world, monkeypatch):
+    """It would without a word: its states fit every model of the family."""
+    path = write(world, more="critic_updates = 1", steps=2)
+    folder = headless.train_from(path, say=lambda s: None)
+    kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+    write(world, more="critic_updates = 1", steps=4)
+    with monkeypatch.context() as patch:
+        reseeded(patch, 1)
+        with pytest.raises(ValueError, match=r"another model \(shapes, of other weights.*choose another run"):
+            headless.train_from(path, resume=True, say=lambda s: None)
+    path.write_text(path.read_text().replace("rank = 2", "rank = 3"))
+    with pytest.raises(ValueError, match=r"another rank \(2, this is 3\), another critic rank"):
+        headless.train_from(path, resume=True, say=lambda s: None)
+    assert kept == {p: p.read_bytes() for p in kept}, "a refused start leaves the run as it was"
+    path.write_text(path.read_text().replace("rank = 3", "rank = 2"))
+    headless.train_from(path, resume=True, say=lambda s: None)  # control
+    assert len(Run(folder).history()) == 4
+
+
+def test_a_start_that_came_to_nothing_leaves_no_pictures_of_its_teacher(world, monkeypatch):
+    path, pictures = write(world, more="critic_updates = 1", steps=1), []
+    for seed in (0, 1):
+        reseeded(monkeypatch, seed)
+        folder = headless.train_from(path, say=lambda s: None)
+        pictures.append((folder / "reference.safetensors").read_bytes())
+        for state in Run(folder).states():
+            state.unlink()
+    assert pictures[0] != pictures[1]
 
 
 def test_an_untrained_network_is_refused_as_a_teacher(world):
