@@ -3,9 +3,11 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "sliders_shapes.cpu.json"
@@ -38,6 +40,20 @@ def still_holds(bench, found: dict[tuple[str, str], float]) -> int:
             held += 1
             assert holds(found[key]), f"{key}: {found[key]:.3f}, was {before:.3f}"
     return held
+
+
+def test_a_short_training_already_makes_a_size_slider_and_an_untrained_one_does_nothing(shapes_bench, monkeypatch):
+    """Two bounds of the table, at half its steps and half its pool, and without calibration."""
+    lab = importlib.import_module("bench.slider_lab")
+    monkeypatch.setattr(lab, "WORDS", replace(lab.WORDS, steps=60, pool=48))
+    here = lab.Lab()
+    here.fit("radius", here.words["radius"], 0)
+    here.bank.new("untrained", lab.WORDS.rank, torch.Generator().manual_seed(5))
+    trained, control = (here.judged(n, "radius", (-1.0, 1.0), here.bench(4)) for n in ("radius", "untrained"))
+    assert trained["rank"] >= 0.95
+    assert trained["range"] >= 0.6
+    assert control["rank"] == 0
+    assert abs(control["range"]) < 0.05
 
 
 @pytest.mark.slow
