@@ -254,9 +254,24 @@ def test_a_prefixed_model_is_copied_with_plain_names(tmp_path, kind):
     fixed = repair(path, tmp_path / "out", "model")
     assert diagnose(fixed).structure.prefix == ""
     assert not diagnose(fixed).repairable
-    for k, v in load_file(fixed).items():
-        assert torch.equal(v, tensors[f"module.{k}"])
+    own = {
+        "input_blocks.0.0.weight": "conv_in.weight",
+        "time_embed.0.weight": "time_embedding.linear_1.weight",
+        f"input_blocks.3.1.{BLOCK.split('.', 4)[4]}.to_k.weight": f"{BLOCK}.to_k.weight",
+        "input_blocks.3.0.in_layers.2.weight": "down_blocks.1.resnets.0.conv1.weight",
+    }
+    copy = load_file(fixed)
+    assert set(copy) == set(own)
+    assert all(torch.equal(v, tensors[f"module.{own[k]}"]) for k, v in copy.items())
     assert path.exists()
+
+
+def test_a_full_lcm_unet_keeps_diffusers_names_because_its_guidance_has_no_other(tmp_path):
+    path = tmp_path / "lcm.safetensors"
+    tensors = {**unet("module."), "module.time_embedding.cond_proj.weight": torch.ones(320, 256)}
+    save_file(tensors, path)
+    copy = load_file(repair(path, tmp_path / "out", "lcm"))
+    assert {f"module.{k}" for k in copy} == set(tensors)
 
 
 def test_what_cannot_be_repaired_is_said(tmp_path):

@@ -25,7 +25,7 @@ class Same:
 
     `{}` stands for a block number. Two parts are halves (k, v), three are thirds (q, k, v) of the native rows; four are
     q, k, v, each as high as the layer is wide, and the rest (Flux's single blocks). Where swap is set, the two halves
-    of the rows stand in the other order (scale and shift of the last modulation).
+    of the rows stand in the other order (scale and shift of the last modulation). {last} stands for the last block.
     """
 
     native: str
@@ -67,6 +67,7 @@ class Family:
     one_step: int = 999  # VP families: the timestep of a one-step student
     lora: Literal["kohya", "transformer", "diffusion_model"] = "diffusion_model"  # key style of our LoRA files
     same: tuple[Same, ...] = ()
+    whole: tuple[Same, ...] = ()  # what no LoRA carries: norms, embedders, tables; () where not all of it is known
     architecture: str = ""  # modelspec.architecture
     base_version: str = ""  # ss_base_model_version
 

@@ -22,6 +22,13 @@ def _parts(block: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 # --- SD3, SD3.5 -------------------------------------------------------------------------------------------------------
 
+
+def _embedder(native: str, diffusers: str, layers: tuple[str, str]) -> tuple[Same, ...]:
+    """Two linear layers, as timesteps, pooled text and guidance pass through."""
+    pairs = zip(layers, ("linear_1", "linear_2"), strict=True)
+    return tuple(Same(f"{native}.{a}", (f"{diffusers}.{b}",)) for a, b in pairs)
+
+
 SD3_WIDTHS = (1536, 2432)  # medium, 3.5 large
 
 
@@ -72,6 +79,28 @@ SD3 = Family(
         Same("context_embedder", ("context_embedder",)),
         Same("final_layer.linear", ("proj_out",)),
         Same("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap=True),
+    ),
+    whole=(
+        Same("pos_embed", ("pos_embed.pos_embed",)),
+        Same("x_embedder.proj", ("pos_embed.proj",)),
+        *_embedder("t_embedder", "time_text_embed.timestep_embedder", ("mlp.0", "mlp.2")),
+        *_embedder("y_embedder", "time_text_embed.text_embedder", ("mlp.0", "mlp.2")),
+        *(
+            Same(f"joint_blocks.{{}}.{native}.ln_{x}", (f"transformer_blocks.{{}}.{diffusers}_{x}",))
+            for native, diffusers in (
+                ("x_block.attn", "attn.norm"),
+                ("x_block.attn2", "attn2.norm"),
+                ("context_block.attn", "attn.norm_added"),
+            )
+            for x in "qk"
+        ),
+        # the text of the last block is modulated before attention only, as the final layer is
+        Same(
+            "joint_blocks.{last}.context_block.adaLN_modulation.1",
+            ("transformer_blocks.{last}.norm1_context.linear",),
+            swap=True,
+        ),
+        Same("joint_blocks.{}.context_block.adaLN_modulation.1", ("transformer_blocks.{}.norm1_context.linear",)),
     ),
     architecture="stable-diffusion-3",
     base_version="sd3m",
@@ -177,6 +206,21 @@ def _flux_stream(native: str, added: str, parts: tuple[str, ...], out: str, mod:
     )
 
 
+def _flux_norms() -> tuple[Same, ...]:
+    """Their parameter is `scale` in the authors' files."""
+    places = (
+        ("double_blocks.{}.img_attn", f"{_DOUBLE}.attn.norm"),
+        ("double_blocks.{}.txt_attn", f"{_DOUBLE}.attn.norm_added"),
+        ("single_blocks.{}", f"{_SINGLE}.attn.norm"),
+    )
+    return tuple(
+        Same(f"{native}.norm.{name}_norm.scale", (f"{diffusers}_{name[0]}.weight",))
+        for native, diffusers in places
+        for name in ("query", "key")
+    )
+
+
+_IN_OUT = ("in_layer", "out_layer")
 _FLUX_ENDS = (
     Same("img_in", ("x_embedder",)),
     Same("txt_in", ("context_embedder",)),
@@ -218,6 +262,12 @@ FLUX = Family(
         Same("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
         *_FLUX_ENDS,
     ),
+    whole=(
+        *_flux_norms(),
+        *_embedder("time_in", "time_text_embed.timestep_embedder", _IN_OUT),
+        *_embedder("vector_in", "time_text_embed.text_embedder", _IN_OUT),
+        *_embedder("guidance_in", "time_text_embed.guidance_embedder", _IN_OUT),
+    ),
     architecture="flux-1-dev",
     base_version="flux1",
 )
@@ -250,6 +300,15 @@ FLUX2 = replace(
         Same("single_blocks.{}.linear1", (f"{_SINGLE}.attn.to_qkv_mlp_proj",)),
         Same("single_blocks.{}.linear2", (f"{_SINGLE}.attn.to_out",)),
         *_FLUX_ENDS,
+    ),
+    whole=(
+        *_flux_norms(),
+        *_embedder("time_in", "time_guidance_embed.timestep_embedder", _IN_OUT),
+        *_embedder("guidance_in", "time_guidance_embed.guidance_embedder", _IN_OUT),
+        *(
+            Same(f"{n}.lin", (f"{n}.linear",))
+            for n in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+        ),
     ),
     architecture="flux-2",
     base_version="flux2",

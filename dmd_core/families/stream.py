@@ -31,6 +31,17 @@ def _z_block(block: str) -> tuple[Same, ...]:
     )
 
 
+def _alike(*names: str) -> tuple[Same, ...]:
+    """Layers and tables of one name in both."""
+    return tuple(Same(n, (n,)) for n in names)
+
+
+def _z_whole(block: str) -> tuple[Same, ...]:
+    norms = (Same(f"{block}.attention.{x}_norm", (f"{block}.attention.norm_{x}",)) for x in "qk")
+    plain = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2", "adaLN_modulation.0")
+    return (*norms, *_alike(*(f"{block}.{n}" for n in plain)))
+
+
 Z_IMAGE = Family(
     name="z_image",
     title="Z-Image",
@@ -56,6 +67,14 @@ Z_IMAGE = Family(
         *_z_block("context_refiner.{}"),
         Same("x_embedder", ("all_x_embedder.2-1",)),
         Same("final_layer.linear", ("all_final_layer.2-1.linear",)),
+    ),
+    whole=(
+        *_z_whole("layers.{}"),
+        *_z_whole("noise_refiner.{}"),
+        *_z_whole("context_refiner.{}"),
+        Same("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",)),
+        *_alike("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.0", "cap_embedder.1"),
+        *_alike("x_pad_token", "cap_pad_token"),
     ),
     architecture="z-image",
     base_version="zimage",
@@ -110,6 +129,28 @@ WAN = Family(
         Same("time_projection.1", ("condition_embedder.time_proj",)),
         Same("head.head", ("proj_out",)),
     ),
+    whole=(
+        Same("patch_embedding", ("patch_embedding",)),
+        *(
+            Same(f"blocks.{{}}.{native}.norm_{x}", (f"blocks.{{}}.{diffusers}.norm_{x}",))
+            for native, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+            for x in "qk"
+        ),
+        Same("blocks.{}.cross_attn.norm_k_img", ("blocks.{}.attn2.norm_added_k",)),
+        Same("blocks.{}.norm3", ("blocks.{}.norm2",)),
+        Same("blocks.{}.modulation", ("blocks.{}.scale_shift_table",)),
+        Same("head.modulation", ("scale_shift_table",)),
+        *(
+            Same(f"img_emb.{native}", (f"condition_embedder.image_embedder.{diffusers}",))
+            for native, diffusers in (
+                ("proj.0", "norm1"),
+                ("proj.1", "ff.net.0.proj"),
+                ("proj.3", "ff.net.2"),
+                ("proj.4", "norm2"),
+                ("emb_pos", "pos_embed"),
+            )
+        ),
+    ),
     architecture="wan2.1",
     base_version="wan",
 )
@@ -161,6 +202,22 @@ PIXART = Family(
         Same("blocks.{}.mlp.fc2", (f"{_PIXART}.ff.net.2",)),
         Same("t_block.1", ("adaln_single.linear",)),
         Same("final_layer.linear", ("proj_out",)),
+    ),
+    whole=(
+        Same("x_embedder.proj", ("pos_embed.proj",)),
+        Same("blocks.{}.scale_shift_table", ("transformer_blocks.{}.scale_shift_table",)),
+        Same("final_layer.scale_shift_table", ("scale_shift_table",)),
+        Same("y_embedder.y_proj.fc1", ("caption_projection.linear_1",)),
+        Same("y_embedder.y_proj.fc2", ("caption_projection.linear_2",)),
+        *(
+            Same(f"{native}.mlp.{i}", (f"adaln_single.emb.{diffusers}_embedder.linear_{j}",))
+            for native, diffusers in (
+                ("t_embedder", "timestep"),
+                ("csize_embedder", "resolution"),
+                ("ar_embedder", "aspect_ratio"),
+            )
+            for i, j in ((0, 1), (2, 2))
+        ),
     ),
     architecture="pixart-sigma",
     base_version="pixart",

@@ -14,6 +14,7 @@ from ..families.names import OTHERS
 from .files import DTYPE_NAMES, Spec, free_path, open_tensors, write_streaming
 from .header import Header, read_header, unwrapped
 from .keys import slots
+from .layouts import READ_BY_COMFYUI, Piece, convertible, native_pieces
 from .lora import fit, lora_of, read_lora, save_lora
 from .profiles import Evidence, Match, Profile, recognise_file
 from .structure import Structure, identify
@@ -138,6 +139,14 @@ def _model(header: Header, structure: Structure) -> list[Finding]:
     if structure.prefix not in LOADABLE:
         text = f"every name begins with {structure.prefix!r}, which ComfyUI's loaders do not know"
         found.append(Finding(level="problem", text=text, fix="prefix removed"))
+    if _foreign(structure):
+        known = structure.family in READ_BY_COMFYUI
+        text = "its names are diffusers', " + (
+            "which ComfyUI reads when it is loaded as a diffusion model"
+            if known
+            else f"under which ComfyUI cannot load {by_name(structure.family).title}"
+        )
+        found.append(Finding(level="note" if known else "problem", text=text, fix="the network's own names"))
     if header.format == "pickle":
         inside = f", inside {header.wrapper!r}" if header.wrapper else ""
         text = f"it is a torch pickle{inside}; what it would call was checked and is harmless"
@@ -156,6 +165,13 @@ def _model(header: Header, structure: Structure) -> list[Finding]:
         extra = ", with zero terminal SNR" if "ztsnr" in header.shapes else ""
         found.append(Finding(level="note", text=f"it predicts v{extra}"))
     return found
+
+
+def _foreign(structure: Structure) -> bool:
+    """Is it a network under diffusers' names that can have its own ones? A full LCM UNet's guidance has none there."""
+    lcm = structure.family in UNETS and structure.guidance
+    known = structure.kind == "model" and structure.layout == "diffusers" and convertible(by_name(structure.family))
+    return known and not lcm
 
 
 def coverage(path: str | os.PathLike[str], names: Iterable[str]) -> Coverage:
@@ -197,15 +213,17 @@ def repair(
     """A copy that loads in full, under a new name; the original stays. Returns its path.
 
     A LoRA gets the keys that ComfyUI, diffusers and others all load, alpha and scale baked into its weights (scale
-    None: what its profile wants). A model gets plain names in a .safetensors. network: layer shapes of the model that a
-    transformer LoRA with underscored names is for; without it such a file cannot be translated.
+    None: what its profile wants). A model gets the network's own names, without prefix, in a .safetensors. network:
+    layer shapes of the model that a transformer LoRA with underscored names is for; without it such a file cannot be
+    translated.
     """
     found = diagnose(path)
     if found.structure.kind == "lora":
         return _repair_lora(Path(path), found, folder, name, scale, network)
     if found.structure.kind not in ("model", "checkpoint"):
         raise ValueError(
-            f"{found.header.name} is a {found.structure.kind} file; LoRAs and diffusion models can be repaired here"
+            f"{found.header.name} is a file of kind {found.structure.kind}; LoRAs and diffusion models can be repaired "
+            f"here, of {', '.join(f.title for f in FAMILIES.values() if f.name != 'generic')}"
         )
     return _repair_model(Path(path), found, folder, name)
 
@@ -246,16 +264,23 @@ def _repair_lora(
 
 
 def _repair_model(path: Path, found: Diagnosis, folder: str | os.PathLike[str], name: str) -> Path:
-    prefix = found.structure.prefix if found.structure.prefix not in LOADABLE else ""
+    pieces = _pieces(found)
     target = free_path(folder, name)
     with _tensors(path, found.header) as (specs, get):
-        new = {k.removeprefix(prefix): k for k in specs}
-        if len(new) != len(specs):
-            raise ValueError(
-                f"{found.header.name} holds a name twice once {prefix!r} is removed; it cannot be repaired"
-            )
-        write_streaming(target, {n: specs[k] for n, k in new.items()}, lambda n: get(new[n]), found.header.metadata)
+        new = {n: piece.spec(specs) for n, piece in pieces.items()}
+        write_streaming(target, new, lambda n: pieces[n].join([get(k) for k in pieces[n].keys]), found.header.metadata)
     return target
+
+
+def _pieces(found: Diagnosis) -> dict[str, Piece]:
+    """What the copy's tensors are made of: the network's own names where the file has diffusers', else no prefix."""
+    if _foreign(found.structure):
+        return native_pieces(found.header.shapes, by_name(found.structure.family))
+    prefix = found.structure.prefix if found.structure.prefix not in LOADABLE else ""
+    pieces = {k.removeprefix(prefix): Piece((k,)) for k in found.header.shapes}
+    if len(pieces) != len(found.header.shapes):
+        raise ValueError(f"{found.header.name} holds a name twice once {prefix!r} is removed; it cannot be repaired")
+    return pieces
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def matched(base: Mapping[str, Shape], tuned: Mapping[str, Shape]) -> dict[str, 
         odd = next((n for n in theirs if n not in ours), next(iter(ours), "nothing"))
         raise ValueError(
             f"the checkpoints do not match: {len(common)} of {len(theirs)} layers share a name, {odd!r} does not; "
-            "take two files of one family in one key layout (Doctor converts between layouts)"
+            "take two files of one family in one key layout (Doctor's copies have the network's own names)"
         )
     wrong = next((n for n in common if base[ours[n]] != tuned[theirs[n]]), None)
     if wrong is not None:

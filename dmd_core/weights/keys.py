@@ -55,13 +55,16 @@ def part_rows(part: Part | None, height: int, width: int) -> slice:
 # --- UNets ------------------------------------------------------------------------------------------------------------
 
 _RESNET = {
+    "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
 _ENDS = {
     "input_blocks.0.0": ("conv_in",),
+    "out.0": ("conv_norm_out",),
     "out.2": ("conv_out",),
     "time_embed.0": ("time_embedding.linear_1",),
     "time_embed.2": ("time_embedding.linear_2",),
@@ -101,7 +104,7 @@ def _unet_blocks(layout: UNetLayout) -> tuple[dict[str, str], dict[str, tuple[st
             pairs.append((f"output_blocks.{n + i}.1", f"up_blocks.{level}.attentions.{i}"))
         for place in (1, 2):  # after the resnet, and after the attention where the level has one
             pairs.append((f"output_blocks.{n + layout.resnets}.{place}.conv", f"up_blocks.{level}.upsamplers.0.conv"))
-    pairs += [(native, d) for native, ds in _ENDS.items() for d in ds[:1]]
+    pairs += [(native, d) for native, ds in _ENDS.items() for d in reversed(ds)]
     back: dict[str, tuple[str, ...]] = {}
     for native, diffusers in pairs:
         back[diffusers] = (*back.get(diffusers, ()), native)
