@@ -46,11 +46,7 @@ class OnCanvas:
     _context: dict[tuple[int, bool], tuple[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        counts = self.hole.sum(1)
-        if (counts != counts[0]).any():
-            raise ValueError(
-                f"the holes have {counts.tolist()} tokens; one batch takes as many in every sample (see draw_holes)"
-            )
+        places(self.hole)  # refuses holes of different sizes before anything is computed
         self.hole = self.hole.to(self.canvas.device)
 
     @property
@@ -75,6 +71,11 @@ class OnCanvas:
 
 def places(chosen: Tensor) -> Tensor:
     """bool [b n], as many in every row -> their indices [b k]."""
+    counts = chosen.sum(1)
+    if (counts != counts[0]).any():
+        raise ValueError(
+            f"the holes have {counts.tolist()} tokens; one batch takes as many in every sample (see draw_holes)"
+        )
     return chosen.nonzero()[:, 1].reshape(len(chosen), -1)
 
 

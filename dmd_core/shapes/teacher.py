@@ -163,29 +163,41 @@ class Teacher(nn.Module):
         self.register_buffer("pos_embed", positions(width))
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, part: "Part | None" = None) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] % 2 or x.shape[3] % 2 or max(x.shape[2:]) > 2 * GRID:
+        most = 2 * self.grid
+        if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] % 2 or x.shape[3] % 2 or max(x.shape[2:]) > most:
             raise ValueError(
                 f"latent is {list(x.shape)}; the shapes teacher takes [b 16 h w], h and w even (pixels / 8), "
-                f"at most {2 * GRID}"
+                f"at most {most}"
             )
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         image = self.x_embedder(x) + self.places(rows, columns).to(x.dtype)
-        text = self.context_embedder(tokens.to(x.dtype))
-        vector = self.t_embedder(times(t).to(x.dtype)) + self.y_embedder(pooled.to(x.dtype))
         if part is not None:
             image = image.take_along_dim(part.rows[..., None], 1)
-        for i, block in enumerate(self.joint_blocks):
-            beside = (None, None) if part is None else (part.context[i] if part.context else None, part.kept)
-            text, image = block(text, image, vector, *beside)
-        out = self.final_layer(image, vector)
+        out = self.final_layer(*self.through(image, t, tokens, pooled, part))
         if part is not None:
             where = part.rows[..., None].expand_as(out)
             out = out.new_zeros(len(out), rows * columns, out.shape[-1]).scatter(1, where, out)
         return rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=2, q=2)
 
+    def through(
+        self, image: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, part: "Part | None" = None
+    ) -> tuple[Tensor, Tensor]:
+        """The blocks, over embedded picture tokens [b n w]; and the vector of time and pooled text [b w]."""
+        text = self.context_embedder(tokens.to(image.dtype))
+        vector = self.t_embedder(times(t).to(image.dtype)) + self.y_embedder(pooled.to(image.dtype))
+        for i, block in enumerate(self.joint_blocks):
+            beside = (None, None) if part is None else (part.context[i] if part.context else None, part.kept)
+            text, image = block(text, image, vector, *beside)
+        return image, vector
+
+    @property
+    def grid(self) -> int:
+        """Tokens across the largest canvas: those of its table of places."""
+        return math.isqrt(self.pos_embed.shape[1])
+
     def places(self, rows: int, columns: int) -> Tensor:
-        top, left = (GRID - rows) // 2, (GRID - columns) // 2
-        table = rearrange(self.pos_embed, "1 (h w) c -> 1 h w c", h=GRID)
+        top, left = (self.grid - rows) // 2, (self.grid - columns) // 2
+        table = rearrange(self.pos_embed, "1 (h w) c -> 1 h w c", h=self.grid)
         return table[:, top : top + rows, left : left + columns].flatten(1, 2)
 
 
