@@ -1,5 +1,6 @@
 """A student of a run as a file: a LoRA that says how it is sampled, or a whole model with it merged in."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..dmd_core.sliders.card import words
 from ..dmd_core.weights.checkpoint import merge_file
 from ..dmd_core.weights.extract import ExtractConfig
 from ..dmd_core.weights.lora import DTYPES, save_lora
+from ..dmd_core.weights.stock_graph import stock_graph
 from .comfy_denoiser import schedule_of
 from .comfy_source import file_of, student_sigmas, usual_size, without_text
 from .difference import save_difference
@@ -47,6 +49,31 @@ def card(student: Student, path: Path, snapshot: Path) -> str:
         f"- LoRA rank {r.rank}; trained on {r.trained_on}, {snapshot.name} of the run {student.name!r}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def save_graph(student: Student, path: Path, merged: bool) -> str:
+    """For people without this pack: the graph beside the file, or why there is none; a line of the card."""
+    r, folders = student.recipe, folder_paths.get_folder_paths
+    kinds = ("checkpoints", "diffusion_models")
+    try:
+        if merged:
+            whole = any(path.is_relative_to(f) for f in folders("checkpoints"))
+            graph = stock_graph(r, student.family, below(path, kinds), whole=whole)
+        else:
+            listed = {k: f for k in kinds for f in folder_paths.get_filename_list(k) if Path(f).name == r.base}
+            kind, base = next(iter(listed.items()), (None, r.base or "the base.safetensors"))
+            whole = None if kind is None else kind == "checkpoints"
+            graph = stock_graph(r, student.family, base, below(path, ("loras",)), whole)
+    except ValueError as why:
+        return f"- No graph of stock nodes: {why}."
+    path.with_suffix(".json").write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return f"- Without ComfyUI-DMD: open {path.with_suffix('.json').name} in ComfyUI, a graph of stock nodes."
+
+
+def below(path: Path, kinds: Sequence[str]) -> str:
+    """As loaders list it."""
+    inside = [f for kind in kinds for f in folder_paths.get_folder_paths(kind) if path.is_relative_to(f)]
+    return str(path.relative_to(inside[0])) if inside else path.name
 
 
 def save_merged(model: Any, name: str, lora: Path) -> Path:
@@ -263,7 +290,7 @@ class Save(io.ComfyNode):
         )
         if what == MERGED:
             path = save_merged(model, name or run, path)
-        text = card(student, path, chosen)
+        text = card(student, path, chosen) + save_graph(student, path, what == MERGED) + "\n"
         folder.write_text(f"lora/{path.stem}.md", text)
         page = sheet_of(folder, chosen) if prompts is None else steps_by_strengths(student, model, prompts, vae)
         page.save(folder.path / "lora" / f"{path.stem}.png")

@@ -1,5 +1,6 @@
 """Distill, Save, Inspect Run and Encode Prompts in the real ComfyUI, on tiny random models of its families."""
 
+import json
 import logging
 from dataclasses import fields, replace
 from pathlib import Path
@@ -310,6 +311,10 @@ else:
         # the control: the last one is another student
         assert not same(held, inspect_run.InspectRun.execute(run="run", snapshot="last").result[2])
         assert f"{STEPS}-step student" in card
+        assert "open first_00001.json in ComfyUI, a graph of stock nodes" in card
+        stock = json.loads((place / "loras" / "sub" / "first_00001.json").read_text())
+        assert stock["2"]["inputs"]["lora_name"] == str(Path("sub") / "first_00001.safetensors")
+        assert stock["6"]["inputs"]["steps"] == STEPS
         assert (place / "output" / "dmd" / "run" / "lora" / "first_00001.png").is_file()
         folder = runs.Run(runs.locate(distill.root(), "run"))
         inspect_run.InspectRun.execute(run="run", snapshot="1", action=inspect_run.DROP)
@@ -472,6 +477,7 @@ else:
         recipe = lora_files.read_lora(path).recipe
         assert (recipe.cfg, recipe.trained_cfg, recipe.steps) == (3.0, None, 20)
         assert "cfg 3" in card
+        assert json.loads(Path(path).with_suffix(".json").read_text())["6"]["inputs"]["cfg"] == 3.0
 
     def test_pictures_may_be_wider_than_high(place):
         model, clip, _vae = load_shapes.execute("teacher").result
