@@ -217,7 +217,9 @@ class Session:
     def draw_preview(self) -> Image.Image | None:
         if self.preview is None:
             return None
-        picture = self.preview()
+        name = self.settings.player
+        with self.state.averaged(name) if name in self.state.params else nullcontext():
+            picture = self.preview()
         self.run.write_picture("previews/latest.png", picture)
         return picture
 

@@ -262,23 +262,25 @@ class Job:
         )
 
     def preview(self) -> Callable[[], Image.Image] | None:
-        """What a DMD2 update looks at: the student's x0, the teacher's and the critic's of it under noise."""
+        """What the student draws, and what a DMD2 update sees in it: the teacher's and the critic's x0 under noise."""
         objective, decode, batches = self.method.objective, self.source.pictures, self.prompt_batches()
         if not isinstance(objective, DMD2) or decode is None or self.method.filler:
             return None
         batch = next(batches.seek(0))
-        batch = Batch(batch.cond.take(slice(0, 4)), (min(4, batch.shape[0]), *batch.shape[1:]), None)
+        batch = Batch(batch.cond.take(slice(0, 4)), (min(4, batch.shape[0]), *batch.shape[1:]))
+        sigmas = torch.tensor([*self.method.sigmas, 0.0], device=self.source.device)
 
         @torch.no_grad()
         def look() -> Image.Image:
             rng = torch.Generator(self.source.device).manual_seed(self.file.samples.seed)
-            x, k = objective.input(replace(batch, latents=None), rng)
-            x0 = objective.student(x, objective.level(k, x), batch.cond)
-            at = objective.probe(x0, rng, objective.config.low, objective.config.high, x, k)
+            noise = torch.randn(batch.shape, generator=rng, device=rng.device)
+            x = start(objective.student.schedule, noise, sigmas[0])
+            x0 = sample_restart(objective.student, x, sigmas, batch.cond, rng, self.method.gamma or 0.0)
+            at = objective.probe(x0, rng, objective.config.low, objective.config.high, None, 0)
             rows = [decode(v).float().cpu() for v in (x0, *objective.scores(at, batch.cond))]
             return sheet(rows, ["student", "the teacher sees", "the critic sees"])
 
-        return look if objective.config.backward_simulation else None
+        return look
 
     def cache(self) -> PromptCache:
         return prompt_cache(self.file, self.source)

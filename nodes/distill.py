@@ -16,6 +16,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..dmd_core import methods
 from ..dmd_core.drive import DriveConfig
 from ..dmd_core.families import Family, detect
+from ..dmd_core.objectives.dmd2 import DMD2Config
 from ..dmd_core.probe import complaints, probe
 from ..dmd_core.processes import ALONE
 from ..dmd_core.runfile import (
@@ -139,6 +140,8 @@ def settings_of(model: Any, family: Family, method: Mapping[str, Any], given: Ma
     steps = method.get("steps", STEPS.get(name, 4))
     if "guidance" in known:
         options["guidance"] = guidance
+    if "one_sample" in known:
+        options["one_sample"] = given.get("one_sample", False)  # graphs that are older than it
 
     def pick(*names: str) -> dict[str, Any]:
         return {k: given[k] for k in names}
@@ -318,6 +321,14 @@ class Distill(io.ComfyNode):
                     optional=True,
                     tooltip="Pixels, for pictures that are not square: size is then their width. 0: as size. Your own "
                     "pictures keep their sizes.",
+                ),
+                io.Boolean.Input(
+                    "one_sample",
+                    default=DMD2Config.one_sample,
+                    optional=True,
+                    advanced=True,
+                    tooltip="DMD2: all updates of a step learn from one sample of the student, which saves drawing the "
+                    "others. Needs accumulate 1.",
                 ),
             ],
             outputs=[
