@@ -114,19 +114,19 @@ def upstream(graph: Graph, node: str, name: str) -> Iterator[Mapping[str, Any]]:
             continue
         seen.add(str(link[0]))
         yield source
-        waiting += [v for v in source.get("inputs", {}).values() if is_link(v) and carries_model(graph, v)]
+        waiting += [v for v in source.get("inputs", {}).values() if is_link(v) and carries(graph, v, ("MODEL", "*"))]
 
 
 def is_link(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], int)
 
 
-def carries_model(graph: Graph, link: Any) -> bool:
+def carries(graph: Graph, link: Any, kinds: tuple[str, ...]) -> bool:
     from nodes import NODE_CLASS_MAPPINGS  # ComfyUI's table, filled while packs load
 
     cls = NODE_CLASS_MAPPINGS.get(graph.get(str(link[0]), {}).get("class_type", ""))
     types = getattr(cls, "RETURN_TYPES", ())
-    return link[1] < len(types) and types[link[1]] in ("MODEL", "*")
+    return link[1] < len(types) and types[link[1]] in kinds
 
 
 def lora_files(source: Mapping[str, Any]) -> Iterator[tuple[Evidence, frozenset[str]]]:
@@ -181,18 +181,40 @@ def texts(graph: Graph, node: str, name: str) -> list[str]:
     return [t for t in found if t.strip()]
 
 
-def wired(graph: Graph, node: str, slot: int = 0) -> dict[str, Any]:
-    """Settings of the first stock sampler that takes this node's MODEL, as fields of Setup."""
+def wired(graph: Graph, node: str) -> list[dict[str, Any]]:
+    """What samples with this node's MODEL, straight or through other nodes: fields of Setup for each of them."""
+    found, waiting, seen = [], [(node, False)], {node}
+    while waiting:
+        source, nag = waiting.pop(0)
+        for other, inputs, name in consumers(graph, source):
+            about = settings(graph, other, inputs) if name in ("model", "guider") else {}
+            if about:
+                found.append({**about, "nag": True} if nag else about)
+            if other not in seen:
+                seen.add(other)
+                guided = graph[other].get("class_type") == "DMD_NegativeGuidance" and inputs.get("scale") != 0
+                waiting.append((other, nag or guided))
+    return found
+
+
+def consumers(graph: Graph, node: str) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """(id, inputs, input) of every node that takes a MODEL or GUIDER of this one."""
     for other, data in graph.items():
         inputs = data.get("inputs", {})
-        link = inputs.get("model")
-        if not is_link(link) or (str(link[0]), link[1]) != (node, slot):
-            continue
-        known = {"cfg": "cfg", "steps": "steps", "sampler_name": "sampler", "scheduler": "scheduler"}
-        found = {v: inputs[k] for k, v in known.items() if isinstance(inputs.get(k), int | float | str)}
-        if found:
-            return {**found, "negative": bool(texts(graph, other, "negative"))}
-    return {}
+        for name, link in inputs.items():
+            if is_link(link) and str(link[0]) == node and carries(graph, link, ("MODEL", "GUIDER", "*")):
+                yield other, inputs, name
+
+
+def settings(graph: Graph, node: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a stock sampler, guider or scheduler, and of what is wired to its `sampler` and `sigmas`."""
+    if graph[node].get("class_type", "").startswith("DMD_"):  # ours set themselves, and say so themselves
+        return {}
+    known = {"cfg": "cfg", "sampler_name": "sampler", "scheduler": "scheduler"}
+    beside = [str(inputs[k][0]) for k in ("sampler", "sigmas") if is_link(inputs.get(k))]
+    sources = [graph.get(n, {}).get("inputs", {}) for n in beside]
+    found = {v: i[k] for i in (*sources, inputs) for k, v in known.items() if isinstance(i.get(k), int | float | str)}
+    return {**found, "negative": bool(texts(graph, node, "negative"))} if found else {}
 
 
 def controlnet_end(conditioning: Any) -> float | None:

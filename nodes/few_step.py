@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,9 +53,10 @@ def plan(
     node: str = "",
     name: str = "model",
     fast: str = OFF,
+    samplers: Sequence[Mapping[str, Any]] = (),
     **wiring: Any,
 ) -> Plan:
-    """wiring: what else is known of the setup (fields of pairings.Setup), for warnings."""
+    """wiring: what else is known of the setup (fields of pairings.Setup), for warnings; samplers: of each sampler."""
     base, loras = evidence(model, graph or {}, node, name)
     match = chosen(profile, recognise(base, loras))
     found = match.profile.at(steps) if steps else match.profile
@@ -73,7 +74,9 @@ def plan(
     known = {"steps": found.steps, "denoise": denoise, **wiring}
     known |= {"width": size[0], "height": size[1]} if latent is not None else {}
     strength = match.strength if any(e.name == match.source for e in loras) else None
-    warnings = notes + other_family(found, base) + wrong_pairings(found, setup(model, loras, strength, **known))
+    setups = [setup(model, loras, strength, **{**known, **own}) for own in samplers or ({},)]
+    wrong = [sentence for each in setups for sentence in wrong_pairings(found, each)]
+    warnings = notes + other_family(found, base) + list(dict.fromkeys(wrong))
     model, said = faster(model, fast)
     why = "\n".join([words(match, found, sigmas, warnings), *said])
     return Plan(model=model, profile=found, sampler=sampler, sigmas=sigmas, why=why)
@@ -240,10 +243,10 @@ class FewStep(io.ComfyNode):
         fast: str = OFF,
     ) -> io.NodeOutput:
         graph, node = graph_of(cls.hidden)
-        wiring = {k: v for k, v in wired(graph, node).items() if k != "steps"} | {"nag": KEY in model.attachments}
         found = plan(
-            model, latent, steps=steps, denoise=denoise, profile=profile, graph=graph, node=node, fast=fast, **wiring
-        )
+            model, latent, steps=steps, denoise=denoise, profile=profile, graph=graph, node=node, fast=fast,
+            samplers=wired(graph, node), nag=KEY in model.attachments,
+        )  # fmt: skip
         small = tiny_vae(model, graph, node, 5)
         return io.NodeOutput(
             found.model, found.sampler, found.sigmas, found.cfg, found.why, small, ui=ui.PreviewText(found.why)

@@ -336,7 +336,64 @@ else:
         with pytest.raises(ValueError, match="steps"):
             FewStep.execute(model, 3, 1.0, "dmd2-sdxl-1step")
 
-    def test_a_wrong_sampler_behind_the_node_is_told(monkeypatch):
+    @pytest.fixture
+    def registered(monkeypatch):
+        """ComfyUI's table of nodes, as it is when packs are loaded."""
+        from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
+
+        import nodes
+
+        classes = {"BasicScheduler": BasicScheduler, "CFGGuider": CFGGuider, "SamplerCustom": SamplerCustom}
+        classes |= {"DMD_FewStep": FewStep, "DMD_NegativeGuidance": negative_guidance.NegativeGuidance}
+        for name, cls in classes.items():
+            monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, cls)
+
+    def said_of(monkeypatch, graph):
+        """The warnings about samplers of Few-Step Settings, which is node 1 of the graph."""
+        graph = {"1": {"class_type": "DMD_FewStep", "inputs": {"model": ["9", 0]}}, **graph}
+        monkeypatch.setattr(few_step, "graph_of", lambda _: (graph, "1"))
+        text = FewStep.execute(comfy_tiny.patcher("sd15_eps"), 0, 1.0, "dmd2-sdxl-4step")[4]
+        said = [line for line in text.splitlines() if line.startswith("Warning")]
+        return "\n".join(line for line in said if "is made for" not in line)
+
+    CUSTOM = {"class_type": "SamplerCustom", "inputs": {"model": ["1", 0], "cfg": 1.0, "sigmas": ["s", 0]}}
+    KARRAS = {"class_type": "BasicScheduler", "inputs": {"model": ["1", 0], "scheduler": "karras", "steps": 4}}
+
+    @pytest.mark.parametrize("order", [("c", "s"), ("s", "c")])
+    def test_every_sampler_and_scheduler_is_told_in_any_order(order, registered, monkeypatch):
+        graph = {"c": CUSTOM, "s": KARRAS}
+        assert said_of(monkeypatch, {k: graph[k] for k in order}).count("karras is the wrong scheduler") == 1
+        right = {**KARRAS, "inputs": {**KARRAS["inputs"], "scheduler": "simple"}}
+        assert "scheduler" not in said_of(monkeypatch, {k: {**graph, "s": right}[k] for k in order})
+
+    def test_two_samplers_are_told_each_its_own(registered, monkeypatch):
+        first = {"class_type": "KSampler", "inputs": {"model": ["1", 0], "cfg": 1.0, "scheduler": "simple"}}
+        second = {"class_type": "KSampler", "inputs": {"model": ["1", 0], "cfg": 7.0, "scheduler": "simple"}}
+        assert "cfg 7 burns" in said_of(monkeypatch, {"a": first, "b": second})
+        assert said_of(monkeypatch, {"a": first}) == ""
+
+    def test_what_stands_behind_a_patching_node_or_a_guider_is_told(registered, monkeypatch):
+        guidance = {"class_type": "DMD_NegativeGuidance", "inputs": {"model": ["1", 0], "scale": 2.0}}
+        words = {"class_type": "CLIPTextEncode", "inputs": {"text": "blurry"}}
+        inputs = {"model": ["g", 0], "cfg": 1.0, "negative": ["w", 0], "sigmas": ["s", 0], "sampler": ["e", 0]}
+        euler = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}
+        guider = {"class_type": "CFGGuider", "inputs": {k: inputs[k] for k in ("model", "cfg", "negative")}}
+        away = {**KARRAS, "inputs": {**KARRAS["inputs"], "model": ["9", 0]}}  # straight from the loader
+        advanced = {"guider": ["c", 0], "sigmas": ["s", 0], "sampler": ["e", 0]}
+        samplers = {
+            "custom": {"c": {"class_type": "SamplerCustom", "inputs": inputs}},
+            "advanced": {"c": guider, "a": {"class_type": "SamplerCustomAdvanced", "inputs": advanced}},
+        }
+        for nodes_between in samplers.values():
+            said = said_of(monkeypatch, {**nodes_between, "g": guidance, "w": words, "s": away, "e": euler})
+            assert said.count("karras is the wrong scheduler") == 1, said
+            assert said.count("euler keeps the noise") == 1
+            assert "negative" not in said, "guidance in between makes the negative prompt count"
+        off = {**guidance, "inputs": {**guidance["inputs"], "scale": 0}}
+        said = said_of(monkeypatch, {**samplers["custom"], "g": off, "w": words, "s": away, "e": euler})
+        assert "The negative prompt is ignored" in said
+
+    def test_a_wrong_sampler_behind_the_node_is_told(registered, monkeypatch):
         model = comfy_tiny.patcher("sd15_eps")
         inputs = {"model": ["1", 0], "cfg": 7.0, "sampler_name": "euler", "scheduler": "karras", "negative": ["3", 0]}
         graph = {
