@@ -11,7 +11,11 @@ from .page import ORDER
 from .record import Table
 
 # where a table is not made by on_cpu of the module of its name
-PLACES = {"memory": "memory.on_paper", "scaling": "processes.on_paper"}
+PLACES = {
+    "memory": "memory.on_paper",
+    "scaling": "processes.on_paper",
+    "lazydiffusion_cost": "lazydiffusion.cost",
+}
 HOURS = "reliability"  # not among "all"
 
 

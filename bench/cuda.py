@@ -32,6 +32,10 @@ STEPS = {"sd15": 1, "sdxl": 4}
 BATCH = {"sd15": 4, "sdxl": 1, "sd3": 1, "flux": 1}
 COMPILED = "ours, compiled, s per update"
 SIDES: dict[str, Callable[..., Any]] = {"ours": Ours, "three copies": ThreeCopies}
+LATE: dict[str, Callable[..., Any]] = {  # where time is left
+    "ours, one sample a step": partial(Ours, one_sample=True),
+    "three copies, LoRA": ThreeCopies,
+}
 
 
 @dataclass
@@ -112,8 +116,8 @@ def alarm(limit_s: float) -> Iterator[None]:
 
 def side(tier: Tier, name: str, which: str, compiled: bool = False, rounds: int = 3) -> dict[str, float]:
     """Seconds per update and peak GiB of one side, alone on the device."""
-    options = {"rank": tier.rank} if which == "ours" else {}
-    made = SIDES[which](tier.sizes[name], BATCH[name], tier.device, torch.bfloat16, **options)
+    options = {} if which == "three copies" else {"rank": tier.rank}
+    made = (SIDES | LATE)[which](tier.sizes[name], BATCH[name], tier.device, torch.bfloat16, **options)
     if compiled:
         made.net.compile(backend=tier.compiler)
     made.update()
@@ -125,15 +129,20 @@ def training_row(tier: Tier, name: str) -> dict[str, Any]:
     shape = tier.sizes[name].shape
     row: dict[str, Any] = {"network": name, "latent": "x".join(map(str, shape)), "batch": BATCH[name]}
     found = {which: tier.attempt(partial(side, tier, name, which), 90) for which in SIDES}
-    for which, figures in found.items():
-        for key in ("s per update", "peak GiB"):
-            row[f"{which}, {key}"] = figures[key] if isinstance(figures, dict) else figures
+    row |= columns(found)
+    row |= dict.fromkeys(columns(dict.fromkeys(LATE)), NOT_RUN)
     row |= {"speed": NOT_RUN, "memory": NOT_RUN, COMPILED: NOT_RUN}
     a, b = found["ours"], found["three copies"]
     if isinstance(a, dict) and isinstance(b, dict):
         row["speed"] = round(b["s per update"] / a["s per update"], 3)
         row["memory"] = round(a["peak GiB"] / b["peak GiB"], 3) if b["peak GiB"] else NOT_RUN
     return row
+
+
+def columns(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of each side, or the words why there are none."""
+    keys = ("s per update", "peak GiB")
+    return {f"{w}, {k}": f[k] if isinstance(f, dict) else f for w, f in found.items() for k in keys}
 
 
 def training(tier: Tier) -> Table:
@@ -236,6 +245,9 @@ def go(tier: Tier, write: Callable[[Table], object]) -> list[Table]:
     found = tier.attempt(partial(side, tier, smallest, "ours", compiled=True), 180)
     steps.rows[0][COMPILED] = found["s per update"] if isinstance(found, dict) else found
     write(steps)
+    for name, row in zip(tier.sizes, steps.rows, strict=True):
+        row |= columns({which: tier.attempt(partial(side, tier, name, which), 60) for which in LATE})
+        write(steps)
     return [images, steps]
 
 

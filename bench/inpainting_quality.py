@@ -23,6 +23,7 @@ def on_cpu(pictures: int = 16, seeds: int = 3) -> Table:
         notes=[
             "The teacher was trained on 64 x 64. A scene that fills a canvas of 128 it does not know (pictures fall "
             "apart there), so the scene stands in the middle as it was trained, with its background around it.",
+            "refresh computes its first three steps whole, so up to three steps it is dense.",
             "Outside the hole every column shows the given picture.",
             "tight crop is the hole's box in whole tokens, so a strip of at most a token beside the hole is in it.",
         ],

@@ -19,6 +19,8 @@ ORDER = (
     "inpainting",
     "inpainting_quality",
     "lazy_student",
+    "lazydiffusion",
+    "lazydiffusion_cost",
     "sliders",
     "sliders_shapes",
     "processes",
@@ -45,7 +47,9 @@ def render(results: Path = RESULTS) -> str:
         if path.is_file():
             parts.append(section(json.loads(path.read_text(encoding="utf-8"))))
         else:
-            parts.append(f"## {name.capitalize()}\n\n{NOT_RUN.capitalize()}: `python -m bench {name}`.\n")
+            parts.append(
+                f"## {name.replace('_', ' ').capitalize()}\n\n{NOT_RUN.capitalize()}: `python -m bench {name}`.\n"
+            )
         if name in CUDA:
             parts.append(on_cuda(results / f"{name}.cuda.json"))
     return "\n".join(parts)

@@ -126,6 +126,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"ratio": middle, "low": low, "high": high}
 
 
+def verdict(what: str, values: Sequence[float], bound: float, at_least: bool = False) -> str:
+    """A line for a table's notes: the range of what was measured, what was asked, and whether all of it holds."""
+    holds = min(values) >= bound if at_least else max(values) <= bound
+    sign = ">=" if at_least else "<="
+    said = "holds" if holds else "**does not hold**"
+    return f"{what}: {min(values):.3g} to {max(values):.3g}, {sign} {bound:.3g} asked: {said}."
+
+
 def tensor_bytes(tensors: Mapping[str, torch.Tensor] | Sequence[torch.Tensor]) -> int:
     values = tensors.values() if isinstance(tensors, Mapping) else tensors
     return sum(t.numel() * t.element_size() for t in values)

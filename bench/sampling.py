@@ -20,7 +20,7 @@ from dmd_core.denoiser import Denoiser
 from dmd_core.samplers import sample_euler, sample_heun, sample_restart, start
 
 from .models import REAL, SMALL, Size
-from .record import Table, compared
+from .record import Table, compared, verdict
 
 STEPS = 4
 SIZES = (
@@ -128,7 +128,13 @@ def on_cpu(done: Callable[[Table], object] = lambda table: None) -> Table:
         for row in rows_of(size, rounds):
             table.rows.append({"network": name} | row)
             done(table)
+    table.notes += verdicts(table.rows)
     return table
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    ours = [r["overhead, %"] for r in rows if r["network"] == SIZES[0][0] and r["what"].startswith("sample_")]
+    return [verdict("our samplers over the bare calls at SD1.5's size, %", ours, 2)]
 
 
 def rows_of(size: Size, rounds: int) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from dmd_core.train import TrainConfig, train
 from dmd_core.trainstate import TrainState
 
 from .models import SMALL, Size
-from .record import Table, all_compared, tensor_bytes
+from .record import Table, all_compared, tensor_bytes, verdict
 
 RATIO, GUIDANCE, LR, CLIP = 5, 4.0, 1e-5, 1.0
 RANK = {"cpu": 8, "cuda": 64}
@@ -186,7 +186,7 @@ def on_cpu(rounds: int = 3, batch: int = 1, done: Callable[[Table], object] = la
         notes=[
             "Networks are scaled down (20 to 33 million parameters) and random.",
             "Ours draws a fresh sample for the student's own update, which the published loop shares with the critic: "
-            "26 passes per student update against 25 (a backward counts as two). With one sample a step, an option that "
+            "26 passes per student update against 25 (a backward counts as two). One sample a step, an option which "
             "the embedded demo uses, all updates of a step share theirs: 22.",
             "peak memory: growth of a fresh fork over two updates, activations included. "
             "kept memory: weights and optimiser between updates, counted.",
@@ -213,4 +213,15 @@ def on_cpu(rounds: int = 3, batch: int = 1, done: Callable[[Table], object] = la
         table.rows.append(row)
         done(table)
         del made, ours, sharing, works, found
+    table.notes += verdicts(table.rows)
     return table
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    notes = []
+    for other in ("three copies", "three copies, LoRA"):
+        speed, memory = f"speed over {other}", f"peak memory over {other}"
+        notes.append(verdict(memory, [r[memory] for r in rows], 1 / 3))
+        notes.append(verdict(speed, [r[speed] for r in rows], 1, at_least=True))
+        notes.append(verdict(f"one sample a step, {speed}", [r[f"one sample a step, {speed}"] for r in rows], 1, True))
+    return notes

@@ -22,6 +22,7 @@ from .record import Table
 SEEDS = (0, 1, 2)
 STEPS, TEACHER_STEPS, GUIDANCE = 4, 40, 2.0
 STRENGTHS = {"jitter the prompt": (0.3, 1.0, 2.0), "jitter the first image": (0.3, 0.6, 1.0)}
+DEFAULT = ("jitter the prompt", 1.0)  # of the node
 HEAD = 2  # guided steps of the teacher before the student's second level
 
 
@@ -111,7 +112,7 @@ def measured(seed: int, prompts: int, each: int, wanted: Callable[[str], bool] =
     return found
 
 
-def on_cpu(prompts: int = 24, each: int = 8) -> Table:
+def on_cpu(prompts: int = 64, each: int = 8) -> Table:
     table = Table(
         "variety",
         "Seed variety",
@@ -133,4 +134,18 @@ def on_cpu(prompts: int = 24, each: int = 8) -> Table:
             row[label] = round(sum(values) / len(values), 3)
             row[f"{label}, range"] = [round(min(values), 3), round(max(values), 3)]
         table.rows.append(row)
+    table.notes.append(verdict(table.rows))
     return table
+
+
+def verdict(rows: list[dict[str, Any]], chosen: tuple[str, float] = DEFAULT) -> str:
+    """Is the node's default nearer to the teacher's variety than the student alone, with as many prompts right?"""
+    found = {(r["what"], r["strength"]): (r["distance over the teacher's"], r["prompts right"]) for r in rows}
+    (alone, right), (with_it, still_right) = found["student", ""], found[chosen]
+    holds = abs(1 - with_it) < 0.5 * abs(1 - alone) and still_right >= right - 0.005
+    how, strength = chosen
+    return (
+        f"asked: the default of Seed Variety ({how}, {strength:g}) at least halves what the student lacks of the "
+        f"teacher's distance ({alone:.3f} to {with_it:.3f}), with as many prompts right ({right:.3f} to "
+        f"{still_right:.3f}, 0.005 less is as many): {'holds' if holds else '**does not hold**'}."
+    )
