@@ -1,10 +1,12 @@
 """Finding what a model can vary in, and a calibrated slider for each direction (SliderSpace)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from ..dmd_core.objectives.slider_space import LOSSES, SliderSpace, SliderSpaceC
 from ..dmd_core.runs import Run, open_run
 from ..dmd_core.sheet import sheet
 from ..dmd_core.sliders import (
+    VARIATIONS,
     CalibrationConfig,
     Directions,
     PoolBatches,
@@ -29,12 +32,14 @@ from ..dmd_core.sliders import (
     variations,
 )
 from ..dmd_core.sliders.settings import DiscoverySettings
-from ..dmd_core.sliders.stored import Finished, kept, write_sliders
+from ..dmd_core.sliders.stored import Finished, kept, read, read_sliders, write_sliders
 from ..dmd_core.train import TrainConfig
+from ..dmd_core.trainstate import save_atomic
 from .comfy_denoiser import refuse_untrainable
 from .config_inputs import run_folder_inputs
 from .distill import say_to
 from .evidence import graph_of
+from .slider_eyes import OWN, eyes_of
 from .slider_files import MOST, SliderSet, identity
 from .slider_inputs import run_inputs, settings_of
 from .slider_run import (
@@ -61,6 +66,9 @@ from .students import mark_of, root
 
 MULTIPLES = (0.5, 1.0, 2.0)  # of the unit, at which each slider is measured
 SEEDS = range(2_000_000, 2_000_002)  # of the contact sheet
+ENDS = {"high": 1.0, "low": -1.0}
+SEEN, THUMBS = "pool/ends.safetensors", "pool/thumbnails.safetensors"  # of the run; names change, these do not
+CELL = 128  # pixels of a thumbnail
 PROMISE = (
     "These are directions that the model can move in, by variety x stability. One may mix several things, and its name "
     "is only the nearest word."
@@ -107,26 +115,66 @@ def objective_of(
     return SliderSpace(here.model, named, here.eyes.embed, cond, config)
 
 
-def labels(measure: Any, name: str, given: Mapping[str, Any], seeds: Sequence[int]) -> tuple[str, str] | None:
-    """The nearest words of the ends, where a text encoder of the CLIP_VISION is wired."""
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def names_of(given: Mapping[str, Any]) -> list[str]:
+    """The words that ends may be named by; the pack's own list where none are given."""
     words = [w.strip() for w in given["names"].replace("\n", ",").split(",") if w.strip()]
-    if given["name_clip"] is None or not words:
-        return None
-    clip = given["name_clip"]
+    return words or [w for group in VARIATIONS for w in group]
+
+
+def embedder(clip: Any, width: int) -> Any:
+    """Words as the CLIP_VISION sees pictures; refuses a text encoder of another width."""
 
     def embed(texts: Sequence[str]) -> Tensor:
         with torch.no_grad():
             rows = [clip.encode_from_tokens(clip.tokenize(t), return_pooled=True)[1] for t in texts]
         return torch.cat(rows).float().cpu()
 
-    high, low = (measure({name: s}, seeds) for s in (1.0, -1.0))
-    width = embed(words[:1]).shape[-1]
-    if width != high.shape[-1]:
+    found = embed(["a"]).shape[-1]
+    if found != width:
         raise ValueError(
-            f"name_clip gives {width} numbers per text, what looks at the pictures {high.shape[-1]}; connect the CLIP "
+            f"name_clip gives {found} numbers per text, what looks at the pictures {width}; connect the CLIP "
             "text encoder that belongs to the CLIP_VISION (clip_l for CLIP-ViT-L/14), or unplug it"
         )
-    return poles(high, low, words, embed)
+    return embed
+
+
+def labelled(cards: Sequence[SliderCard], ends: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[SliderCard]:
+    """Named by the words nearest to their ends, where a text encoder of the CLIP_VISION is wired; else numbered."""
+    words, table = names_of(given), None
+    if given["name_clip"] is not None:
+        table = embedder(given["name_clip"], ends["0 high"].shape[-1])(words)
+    out: list[SliderCard] = []
+    for i, made in enumerate(cards):
+        found = None if table is None else poles(ends[f"{i} high"], ends[f"{i} low"], words, lambda _texts: table)
+        title = name_of(i, found)
+        taken = any(c.name == title for c in out)
+        out.append(replace(made, name=f"{title} {i + 1}" if taken else title, ends=found))
+    return out
+
+
+def relabel(run: Run, given: Mapping[str, Any]) -> list[str]:
+    """A finished run takes other names without being trained or measured again."""
+    found = read_sliders(run)
+    before = [f.card for f in found]
+    seen = read(run.path / SEEN, SEEN)
+    if given["name_clip"] is not None and seen is None:
+        return ["what the ends look like was not kept by this run, so they are not named; set resume to new"]
+    cards = labelled(before, seen or {}, given)
+    if cards != before:
+        with run.locked():
+            steps = int(before[0].training["steps"])
+            write_sliders(run, [Finished(f.state, c) for f, c in zip(found, cards, strict=True)], steps)
+            draw_sheet(run, read(run.path / THUMBS, THUMBS), cards)
+    return said_of_names(given)
+
+
+def said_of_names(given: Mapping[str, Any]) -> list[str]:
+    if given["name_clip"] is None or given["names"].strip(" ,\n"):
+        return []
+    return ["names is empty: the ends are named from the pack's own word list"]
 
 
 def measured(
@@ -136,10 +184,9 @@ def measured(
     seen: Tensor,
     found: Directions,
     settings: DiscoverySettings,
-    given: Mapping[str, Any],
     facts: Mapping[str, Any],
-) -> list[SliderCard]:
-    """Each slider by itself, then all together."""
+) -> tuple[list[SliderCard], dict[str, Tensor]]:
+    """Each slider by itself, then all together. Besides, what their ends look like to a CLIP_VISION."""
     config = CalibrationConfig(seeds=settings.seeds, held_out=settings.seeds, multiples=MULTIPLES)
     measure, bank = watched(here.bench(cond)), here.teacher.bank
     axes = {n: axis_along(found.vectors[i], seen) for i, n in enumerate(names)}
@@ -150,16 +197,14 @@ def measured(
         bake(bank, name, calibrations[name].unit)
     seeds = range(config.first_seed + settings.seeds, config.first_seed + 2 * settings.seeds)
     together = additivity(measure, axes, seeds)
-    cards, taken = [], set()
+    cards, ends = [], {}
     for i, name in enumerate(names):
-        ends = labels(measure, name, given, seeds)
-        title = name_of(i, ends)
-        title = f"{title} {i + 1}" if title in taken else title
-        taken.add(title)
+        if not here.eyes.name.startswith(OWN):
+            ends |= {f"{i} {end}": measure({name: s}, seeds) for end, s in ENDS.items()}
         own = {"explained": found.explained[i].item(), "stability": found.stability[i].item()}
-        own |= {"ends": ends, "additivity": together[name], "rank": settings.rank, "layers": settings.layers}
-        cards.append(card(calibrations[name], kind="discovered", name=title, encoder=here.eyes.name, **own, **facts))
-    return cards
+        own |= {"additivity": together[name], "rank": settings.rank, "layers": settings.layers}
+        cards.append(card(calibrations[name], kind="discovered", name=name, encoder=here.eyes.name, **own, **facts))
+    return cards, ends
 
 
 def carry_out(
@@ -181,6 +226,8 @@ def carry_out(
         note_network(run, here, model, settings.rank, "what the model varies in by itself")
         say(found_how.words)
         pool, seen, found = look_at(here, run, here.key(about=about), cond, settings)
+        if given["name_clip"] is not None:
+            embedder(given["name_clip"], seen.shape[-1])  # before hours of training
         names = [f"direction {i + 1}" for i in range(settings.sliders)]
         objective = objective_of(here, names, found, cond, settings, given)
         config = TrainConfig(steps=settings.steps * len(names), seed=settings.seed, cooldown=COOLDOWN)
@@ -190,24 +237,40 @@ def carry_out(
         if not train(objective, batches, config, run, kept_as(names[0], settings, given), about, look, say):
             return False
         facts = {"prompts": about["prompts"], "training": {"steps": settings.steps}, **base_of(model)}
-        cards = measured(here, cond, names, seen, found, settings, given, facts)
+        plain, ends = measured(here, cond, names, seen, found, settings, facts)
+        cards = labelled(plain, ends, given)
+        if ends:
+            save_atomic(ends, run.path / SEEN, {"key": SEEN})
         states = [teacher.bank.state(n) for n in names]
         write_sliders(run, [Finished(s, c) for s, c in zip(states, cards, strict=True)], settings.steps)
-        draw_sheet(run, here, cond, names, cards)
+        thumbs = draw_rows(here, cond, names)
+        if thumbs:
+            save_atomic(thumbs, run.path / THUMBS, {"key": THUMBS})
+        draw_sheet(run, thumbs, cards)
     return True
 
 
-def draw_sheet(run: Run, here: Lab, cond: Cond, names: Sequence[str], cards: list[SliderCard]) -> None:
+def draw_rows(here: Lab, cond: Cond, names: Sequence[str]) -> dict[str, Tensor]:
+    """Thumbnails of each direction at -1, 0 and +1; none where nothing can be shown."""
     if here.draw is None:
-        return
-    bench = here.bench(cond)
+        return {}
+    bench, rows = here.bench(cond), {}
     (plain,) = strip(here, bench, names[0], (0.0,), SEEDS)
-    rows = []
-    for name in names:
+    for i, name in enumerate(names):
         low, high = strip(here, bench, name, (-1.0, 1.0), SEEDS)
-        rows.append(torch.stack([low, plain, high], 1).flatten(0, 1))
+        row = torch.stack([low, plain, high], 1).flatten(0, 1)
+        scale = min(1.0, CELL / max(row.shape[-2:]))
+        size = [round(scale * s) for s in row.shape[-2:]]
+        rows[f"{i:02d}"] = F.interpolate(row, size, mode="bicubic", antialias=True) if scale < 1 else row
+    return rows
+
+
+def draw_sheet(run: Run, rows: Mapping[str, Tensor] | None, cards: Sequence[SliderCard]) -> None:
+    if not rows:
+        return
     sides = [f"{i + 1}. {c.name}, {c.explained or 0:.0%}, stable {c.stability or 0:.2f}" for i, c in enumerate(cards)]
-    show(run, sheet(rows, sides, ["-1", "0", "+1"] * len(SEEDS), title=f"{run.name}: discovered directions"))
+    heads = ["-1", "0", "+1"] * len(SEEDS)
+    show(run, sheet([rows[k] for k in sorted(rows)], sides, heads, CELL, f"{run.name}: discovered directions"))
 
 
 class DiscoverSliders(io.ComfyNode):
@@ -271,7 +334,10 @@ class DiscoverSliders(io.ComfyNode):
                     "names the ends with words from names.",
                 ),
                 io.String.Input(
-                    "names", **text, tooltip="Words that ends may be named by, with commas.", advanced=True
+                    "names",
+                    **text,
+                    tooltip="Words that ends may be named by, with commas. Empty takes the pack's own list.",
+                    advanced=True,
                 ),
             ],
             outputs=[
@@ -300,13 +366,20 @@ class DiscoverSliders(io.ComfyNode):
         settings = settings_of(DiscoverySettings, given)
         run = open_run(root(), given["run_name"], given["resume"])
         prompts = prompts_of(prompt, words, settings)
-        learned = ("sliders", "batch", "pool", "rank", "layers", "seed", "sample_steps", "cfg")
+        if given["name_clip"] is not None and given["clip_vision"] is None:
+            raise ValueError(
+                "name_clip is connected, but no CLIP_VISION that it belongs to; connect that and the VAE, or unplug it"
+            )
+        learned = ("sliders", "batch", "pool", "rank", "layers", "seed", "sample_steps", "cfg", "seeds")
         about = {"prompts": {"prompts": prompts}, "model": identity(model)} | {k: getattr(settings, k) for k in learned}
-        about |= {k: given[k] for k in ("loss", "lr", "size")}
+        about |= {k: given[k] for k in ("loss", "lr", "size")} | {"clip_vision": eyes_of(given["clip_vision"])}
         check_same(run, about)
         said: list[str] = []
-        if not done(run, settings.steps):
+        if done(run, settings.steps):
+            said += relabel(run, given)
+        else:
             cond, empty = conds(clip, prompts), conds(clip, [""])
             if not carry_out(model, cond, empty, settings, given, run, about, said, graph_of(cls.hidden)):
                 return unfinished(run, said)
+            said += said_of_names(given)
         return outcome(run, [PROMISE, *said], many=True)

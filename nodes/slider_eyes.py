@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..dmd_core.families import Family
 from ..dmd_core.sliders import own_features
+from ..dmd_core.weights.checkpoint import base_hash
 from .comfy_autograd import KeepInputs, own_weights
 from .comfy_source import NativeTeacher
 
@@ -25,6 +26,21 @@ class Eyes:
     name: str
 
 
+OWN = "the model itself"
+
+
+def eyes_of(clip_vision: Any) -> str:
+    """What will look, before anything is loaded; two encoders of one kind are told apart by their weights."""
+    if clip_vision is None:
+        return OWN
+    weights = {f"diffusion_model.{k}": v for k, v in clip_vision.model.state_dict().items()}
+    return f"{title_of(clip_vision)}, {base_hash(weights)}"
+
+
+def title_of(clip_vision: Any) -> str:
+    return f"{clip_vision.model_type.replace('_model', '')}, {clip_vision.image_size} pixels"
+
+
 def own_eyes(teacher: NativeTeacher, model: Any, family: Family, empty: Any) -> Eyes:
     """The middle one of the layers that the family is judged in, at a low noise level and with the empty prompt."""
     try:
@@ -34,7 +50,7 @@ def own_eyes(teacher: NativeTeacher, model: Any, family: Family, empty: Any) -> 
     top = teacher.schedule.timestep(torch.tensor([teacher.schedule.sigma_max]))
     sigma = float(teacher.schedule.sigma((LEVEL * top).to(top.dtype))[0])
     embed = own_features(model, teacher.net, [layer], empty, sigma)
-    return Eyes(embed, f"the model itself ({layer})")
+    return Eyes(embed, f"{OWN} ({layer})")
 
 
 def clip_eyes(teacher: NativeTeacher, clip_vision: Any, vae: Any) -> Eyes:
@@ -66,7 +82,7 @@ def clip_eyes(teacher: NativeTeacher, clip_vision: Any, vae: Any) -> Eyes:
             out = clip_vision.model(pixel_values=seen, intermediate_output=-2)
         return F.normalize(out[2].float(), dim=1).to(latents.device)
 
-    return Eyes(embed, f"{clip_vision.model_type.replace('_model', '')}, {clip_vision.image_size} pixels")
+    return Eyes(embed, title_of(clip_vision))
 
 
 def prepared(pictures: Tensor, clip_vision: Any) -> Tensor:

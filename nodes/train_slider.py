@@ -34,6 +34,7 @@ from .comfy_source import NativeTeacher
 from .config_inputs import run_folder_inputs
 from .distill import say_to
 from .evidence import graph_of
+from .slider_eyes import eyes_of
 from .slider_files import SliderSet, identity
 from .slider_inputs import run_inputs, settings_of
 from .slider_run import (
@@ -178,13 +179,15 @@ def axis_of(here: Lab, run: Run, key: str, task: Task, pool: Any, n: int) -> Axi
 
 def objective_of(here: Lab, task: Task, settings: SliderSettings, given: Mapping[str, Any], pool: Any) -> tuple:
     """The objective and its batches."""
-    own = {"lr": given["lr"]} if given["lr"] else {}
+    own: dict[str, Any] = {"lr": given["lr"]} if given["lr"] else {}
     if task.pictures is not None:
         latents = {level: here.teacher.latent_in(v).cpu() for level, v in task.pictures.items()}
         pairs = Pairs(latents, min(settings.batch, len(next(iter(latents.values())))), settings.seed)
         config = ImageSliderConfig(sigmas=here.levels, **own)
         return ImageSlider(here.model, NAME, task.cond, pairs.strengths, config), pairs
     assert task.words is not None
+    if given["on_policy"]:
+        own["on_policy"] = here.sampling.sigmas
     config = TextSliderConfig(sigmas=here.levels, eta=given["eta"], poles=task.poles, **own)
     return TextSlider(here.model, NAME, task.words, config), PoolBatches(pool, settings.batch, settings.seed)
 
@@ -327,6 +330,14 @@ class TrainSlider(io.ComfyNode):
                     advanced=True,
                 ),
                 *(image_input(name) for name in LEVELS),
+                io.Boolean.Input(
+                    "on_policy",
+                    default=False,
+                    optional=True,
+                    tooltip="Words only: every step walks from noise with the slider on, instead of noising pictures "
+                    "of the pool. Slower, and no better where it was measured.",
+                    advanced=True,
+                ),
             ],
             outputs=[
                 SliderSet.Output("sliders", display_name="sliders", tooltip="For Mix Sliders: set 1."),
@@ -348,7 +359,7 @@ class TrainSlider(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip: Any, made_from: Mapping[str, Any], **given: Any) -> io.NodeOutput:
         refuse_untrainable(model)
-        given = {"vae": None, "clip_vision": None, **given}
+        given = {"vae": None, "clip_vision": None, "on_policy": False, **given}
         settings = settings_of(SliderSettings, given)
         run = open_run(root(), given["run_name"], given["resume"])
         images = {name: given.get(name) for name in LEVELS}
@@ -365,10 +376,11 @@ class TrainSlider(io.ComfyNode):
 def about_of(
     model: Any, made_from: Mapping[str, Any], settings: SliderSettings, given: Mapping[str, Any], task: Task
 ) -> dict[str, Any]:
-    """All that decides what is learned, but the number of steps."""
+    """All that decides what is learned and what is measured, but the number of steps."""
     prompts = {k: v for k, v in made_from.items() if k != "made_from"}
-    learned = {k: getattr(settings, k) for k in ("batch", "rank", "layers", "seed", "sample_steps", "cfg")}
+    decide = ("batch", "rank", "layers", "seed", "sample_steps", "cfg", "pool", "seeds")
+    learned = {k: getattr(settings, k) for k in decide} | {"clip_vision": eyes_of(given["clip_vision"])}
     found = {"made_from": made_from["made_from"], "prompts": prompts, "model": identity(model), **learned}
     if task.pictures is not None:
         found["pictures"] = [round(float(v.double().abs().mean()), 6) for v in task.pictures.values()]
-    return found | {k: given[k] for k in ("eta", "lr", "size")}
+    return found | {k: given[k] for k in ("eta", "lr", "size", "on_policy")}

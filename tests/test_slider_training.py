@@ -234,6 +234,34 @@ else:
             execute(**given | {"rank": 1})
         assert execute(**given | {"made_from": words, "resume": "new"})[5] == "run_2"
 
+    def test_a_finished_run_is_no_answer_to_another_question():
+        """What measures a slider counts too, though its weights are the same."""
+        node = {TrainSlider: inputs(steps=1), DiscoverSliders: explore(steps=1, sliders=2, run_name="found")}
+        for kind, given in node.items():
+            execute(kind, **given)
+            for other in ({"seeds": 5}, {"pool": 17}, {"clip_vision": tiny_vision(), "vae": TinyVAE(16)}):
+                with pytest.raises(ValueError, match=f"begun with another {next(iter(other))}"):
+                    execute(kind, **given | other)
+            assert execute(kind, **given | {"preview_every": 7, "at_once": 3})[0]  # what decides nothing
+        one, two = tiny_vision(), tiny_vision()
+        with torch.inference_mode():
+            assert slider_eyes.eyes_of(one) == slider_eyes.eyes_of(two)
+            comfy_tiny.randomize(two.model, 4)
+            assert slider_eyes.eyes_of(one) != slider_eyes.eyes_of(two)
+
+    def test_on_policy_states_can_be_asked_for(monkeypatch):
+        seen = []
+        inner = training.TextSliderConfig
+        given = inputs(steps=2)
+        monkeypatch.setattr(training, "TextSliderConfig", lambda **k: (seen.append(k.get("on_policy")), inner(**k))[1])
+        cached = execute(**given)[0][0]
+        walked = execute(**given | {"on_policy": True, "run_name": "walked"})[0][0]
+        assert seen[0] is None
+        assert len(seen[1]) == 2  # the levels of its pictures
+        assert not same(cached.tensors, walked.tensors)
+        with pytest.raises(ValueError, match="begun with another on_policy"):
+            execute(**given | {"on_policy": True})
+
     def test_time_runs_out_and_the_queue_is_free():
         given = inputs(steps=3, stop_minutes=1e-9)
         sliders, lora, _loss, _strip, report, _run = execute(**given)
@@ -453,17 +481,49 @@ else:
             pooled[0, {"bright": 0, "dark": 0}.get(text, 1 + len(text) % 3)] = -1.0 if text == "dark" else 1.0
             return None, pooled
 
-    def test_ends_are_named_by_the_nearest_words():
-        def measure(strengths, seeds):
-            moved = torch.zeros(len(seeds), 8)
-            moved[:, 0] = next(iter(strengths.values()))
-            return moved + 0.1
+    def test_a_finished_discovery_takes_other_names_without_training_or_measuring(monkeypatch):
+        given = explore(clip_vision=tiny_vision(), vae=TinyVAE(16), sliders=2, steps=2)
+        plain = execute(DiscoverSliders, **given)
+        assert [s.name for s in plain[0]] == ["direction 1", "direction 2"]
+        monkeypatch.setattr(discovery, "carry_out", None)
+        named = given | {"name_clip": WordClip(16), "names": "cat, bright, horse\ndark, mouse"}
+        sliders, _, _, sheet, report, run = execute(DiscoverSliders, **named)
+        assert all(set(s.card.ends) <= {"cat", "bright", "horse", "dark", "mouse"} for s in sliders)
+        assert all(s.name.startswith(f"{s.card.ends[1]} - {s.card.ends[0]}") for s in sliders)
+        assert sliders[0].name in report
+        assert sheet.shape == plain[3].shape
+        assert not torch.equal(sheet, plain[3])  # its labels are others
+        assert all(same(a.tensors, b.tensors) for a, b in zip(sliders, plain[0], strict=True))
+        # nothing given: the pack's own words, and it is said
+        words = execute(DiscoverSliders, **named | {"names": " "})
+        own = {w for group in discovery.VARIATIONS for w in group}
+        assert all(set(s.card.ends) <= own for s in words[0])
+        assert "pack's own word list" in words[4]
+        assert "word list" not in report
+        again = execute(DiscoverSliders, **given)
+        assert [s.name for s in again[0]] == ["direction 1", "direction 2"]
+        assert torch.equal(again[3], plain[3])
+        (run_of(run).path / discovery.SEEN).unlink()
+        assert "not kept by this run" in execute(DiscoverSliders, **named)[4]
 
+    def test_ends_are_named_by_the_nearest_words():
+        ends = {"0 high": torch.full((4, 8), 0.1), "0 low": torch.full((4, 8), 0.1)}
+        ends["0 high"][:, 0] += 1
+        ends["0 low"][:, 0] -= 1
+        made = execute(**inputs(steps=1))[0][0].card
         given = {"name_clip": WordClip(8), "names": "cat, bright, horse\ndark, mouse"}
-        assert discovery.labels(measure, "d", given, range(4)) == ("bright", "dark")
-        assert discovery.labels(measure, "d", given | {"name_clip": None}, range(4)) is None
+        assert discovery.labelled([made], ends, given)[0].ends == ("bright", "dark")
+        two = discovery.labelled([made] * 2, ends | {f"1 {k}": ends[f"0 {k}"] for k in ("high", "low")}, given)
+        assert [c.name for c in two] == ["dark - bright", "dark - bright 2"]
+        assert discovery.labelled([made], ends, given | {"name_clip": None})[0].ends is None
         with pytest.raises(ValueError, match="gives 5 numbers per text"):
-            discovery.labels(measure, "d", given | {"name_clip": WordClip(5)}, range(4))
+            discovery.labelled([made], ends, given | {"name_clip": WordClip(5)})
+
+    def test_words_that_cannot_name_are_refused_before_anything_is_trained(monkeypatch):
+        monkeypatch.setattr(discovery, "train", None)
+        wrong(DiscoverSliders, "no CLIP_VISION", **explore(name_clip=WordClip(16)))
+        eyes = {"clip_vision": tiny_vision(), "vae": TinyVAE(16), "name_clip": WordClip(5)}
+        wrong(DiscoverSliders, "gives 5 numbers per text", **explore(**eyes))
 
     def test_prompts_are_varied_by_the_words_or_taken_as_they_are():
         small = settings.DiscoverySettings(prompts=5)
