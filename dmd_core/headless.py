@@ -18,19 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from . import methods, probe
 from .adapters import Adapted, AdapterBank
 from .conditioning import Cond
-from .data import Batch, Latents, Prompts
+from .data import Latents, Prompts
 from .denoiser import Guided
 from .drive import REFERENCE, Progress, best_snapshot, drive
-from .inpaint import MaskConfig, draw_holes
+from .inpaint import draw_holes
 from .inpaint.partial import grid
-from .objectives.dmd2 import DMD2
 from .pairs import Pairs, make_pairs
 from .plan import Plan, plan
 from .probe import levels
@@ -38,17 +36,15 @@ from .processes import ALONE, Accelerated, Processes
 from .prompts import PromptCache, fingerprint, parse_prompts, read_prompts
 from .runfile import RunFile, read_run_file
 from .runs import Run, Say, open_run
-from .samplers import sample_euler, sample_restart, start
-from .sheet import sheet
 from .snapshots import Gallery
 from .sources import Source, load_source
 from .train import mix
+from .views import SHOWN_HOLES, preview_of, sampled
 from .weights.checkpoint import base_hash
 from .weights.lora import save_lora
 from .weights.recipe import Recipe
 
 AT_ONCE = 8  # pictures in one call of network and VAE
-SHOWN_HOLES = MaskConfig(least=0.2, most=0.5, all=0.0, crops=0.0)
 
 
 def train_from(path: Path, resume: bool = False, say: Say = print) -> Path:
@@ -128,7 +124,7 @@ class Job:
             self.run,
             self.file.drive,
             gallery=self.gallery(),
-            preview=self.preview(),
+            preview=preview_of(self),
             about={"file": asdict(self.file), "prompts": len(self.prompts), "begun_with": self.fixed()},
             processes=self.processes,
             say=self.say,
@@ -229,13 +225,7 @@ class Job:
                 rng = torch.Generator(self.source.device).manual_seed(mix(samples.seed, i))
                 part = cond.take(slice(i, i + AT_ONCE))
                 noise = torch.randn((len(part), *self.source.shape), generator=rng, device=rng.device)
-                denoiser = at(i)
-                x = start(denoiser.schedule, noise, sigmas[0])
-                parts.append(
-                    sample_euler(denoiser, x, sigmas, part)
-                    if gamma is None
-                    else sample_restart(denoiser, x, sigmas, part, rng, gamma)
-                )
+                parts.append(sampled(at(i), noise, sigmas, part, rng, gamma))
             return parts
 
         def shown(parts: list[Tensor]) -> Tensor:
@@ -260,27 +250,6 @@ class Job:
             lambda: shown(canvases() if self.method.filler else draw(lambda _i: guided, steps, None)),
             self.source.features,
         )
-
-    def preview(self) -> Callable[[], Image.Image] | None:
-        """What the student draws, and what a DMD2 update sees in it: the teacher's and the critic's x0 under noise."""
-        objective, decode, batches = self.method.objective, self.source.pictures, self.prompt_batches()
-        if not isinstance(objective, DMD2) or decode is None or self.method.filler:
-            return None
-        batch = next(batches.seek(0))
-        batch = Batch(batch.cond.take(slice(0, 4)), (min(4, batch.shape[0]), *batch.shape[1:]))
-        sigmas = torch.tensor([*self.method.sigmas, 0.0], device=self.source.device)
-
-        @torch.no_grad()
-        def look() -> Image.Image:
-            rng = torch.Generator(self.source.device).manual_seed(self.file.samples.seed)
-            noise = torch.randn(batch.shape, generator=rng, device=rng.device)
-            x = start(objective.student.schedule, noise, sigmas[0])
-            x0 = sample_restart(objective.student, x, sigmas, batch.cond, rng, self.method.gamma or 0.0)
-            at = objective.probe(x0, rng, objective.config.low, objective.config.high, None, 0)
-            rows = [decode(v).float().cpu() for v in (x0, *objective.scores(at, batch.cond))]
-            return sheet(rows, ["student", "the teacher sees", "the critic sees"])
-
-        return look
 
     def cache(self) -> PromptCache:
         return prompt_cache(self.file, self.source)

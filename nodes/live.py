@@ -24,15 +24,16 @@ Preview = tuple[str, Image.Image, int]  # as ComfyUI's progress bar takes it
 
 
 def picture(progress: Progress, run: Run) -> Preview | None:
-    """After a step that came with samples: how far the run is, the samples, its curves."""
+    """After a step that came with samples or a snapshot: how far the run is, the samples if any, its curves."""
     samples = progress.preview
     if progress.snapshot is not None and (progress.snapshot / "sheet.png").is_file():
         samples = Image.open(progress.snapshot / "sheet.png")
-    if samples is None:
+    if samples is None and progress.snapshot is None:
         return None
     series = dict(list(loss_series(run.history()).items())[:PANELS])
-    columns = max(1, min(round(samples.width / PANEL[0]), len(series)))
-    return preview(stacked(caption(progress), samples, curves(series, columns)))
+    width = PANEL[0] * 2 if samples is None else samples.width
+    columns = max(1, min(round(width / PANEL[0]), len(series)))
+    return preview(stacked(caption(progress), *([samples] if samples else []), curves(series, columns)))
 
 
 def preview(page: Image.Image) -> Preview:

@@ -221,14 +221,32 @@ else:
         assert not isinstance(student, ExecutionBlocker)
         assert "finished" in report
 
+    @pytest.mark.parametrize("label", ["LADD", "Reflow"])
+    def test_methods_without_a_critic_show_pictures_and_curves_while_they_train(label, monkeypatch):
+        shown, picture = {}, distill.live.picture
+
+        def recorded(progress, run):
+            shown[progress.step] = picture(progress, run)
+            if progress.snapshot:  # where nothing can be decoded, there are curves at least
+                (progress.snapshot / "sheet.png").unlink()
+                shown["curves"] = picture(replace(progress, preview=None), run)
+            return shown[progress.step]
+
+        monkeypatch.setattr(distill.live, "picture", recorded)
+        Distill.execute(**inputs("flux", label, updates=3))
+        assert [k for k, v in shown.items() if v is not None] == [2, 3, "curves"]
+        (_, curves, _), (_, samples, _) = shown["curves"], shown[2]
+        assert samples.height > curves.height > 100
+
     def test_plan_measures_and_makes_nothing():
         given = inputs("flux", mode="plan", check_teacher=True)
         before = draw("flux", given["model"])
         student, _lora, _loss, _sheet, words, run = Distill.execute(**given).result
         assert isinstance(student, ExecutionBlocker)
+        assert isinstance(run, ExecutionBlocker), "Save and Inspect Run would find no snapshot"
         assert "3 steps of" in words
         assert "teacher: one-step variety" in words
-        assert not runs.Run(runs.locate(distill.root(), run)).states()
+        assert not runs.Run(runs.locate(distill.root(), "run")).states()
         assert torch.equal(draw("flux", given["model"]), before)
 
     def test_memory_for_training_is_kept_free_and_a_measured_plan_says_how_much(place, monkeypatch):
@@ -304,7 +322,8 @@ else:
         assert sheet.ndim == 4
         assert len(loss["loss"]) == 3
         path, card, shown = save.execute(run="run", snapshot="1", name="sub/first").result
-        assert torch.equal(shown, inspect_run.InspectRun.execute(run="run", snapshot="1").result[1])
+        wired = inspect_run.InspectRun.execute(run=inspect_run.NONE, snapshot="1", run_name="run")
+        assert torch.equal(shown, wired.result[1])
         assert Path(path) == place / "loras" / "sub" / "first_00001.safetensors"
         held = safetensors.torch.load_file(path)
         assert same(held, lora)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from oracle import ring
 from toy import MLP
 
-from dmd_core import headless, shapes
+from dmd_core import headless, shapes, views
 from dmd_core.data import Batch
 from dmd_core.denoiser import NetDenoiser, Prediction
 from dmd_core.objectives.dmd2 import DMD2, DMD2Config
@@ -259,6 +259,35 @@ def test_a_start_that_came_to_nothing_leaves_no_pictures_of_its_teacher(world, m
         for state in Run(folder).states():
             state.unlink()
     assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "rows"),
+    [
+        ("dmd2", "critic_updates = 1", 3),
+        ("dmd2", "critic_updates = 1\nbackward_simulation = false", 3),
+        ("dmd", "", 3),
+        ("ladd", "early_steps = 0\nstudent_lr = 0.1\nloss = 'softplus'", 2),
+        ("reflow", "lr = 0.1", 2),
+        ("lazy_inpaint", "adapt = 1\ncritic_updates = 1", 3),
+        pytest.param("diffusion2gan", "", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_every_method_shows_the_student_as_it_is_now_and_who_looks_at_it(world, monkeypatch, method, more, rows):
+    shown, make = [], views.sheet
+    monkeypatch.setattr(views, "sheet", lambda *args: shown.append(args) or make(*args))
+    path = write(world, method, 2, f"{more}\nema = 'none'", 64)
+    path.write_text(path.read_text().replace("save_every = 2", "save_every = 2\npreview_every = 1"))
+    job = headless.prepare(path, False, lambda s: None)
+    drawn = [p.preview for p in job.drive() if p.preview is not None]
+    (before, labels), (after, _) = shown
+    assert len(drawn) == 2
+    assert labels == ["student", "the teacher sees", "the critic sees"][:rows]
+    assert len(before) == rows
+    assert all(len(row) >= 2 for row in before)
+    assert not torch.equal(before[0], after[0]), "it is not the student that learns"
+    again = views.preview_of(job)()
+    assert again.tobytes() == drawn[-1].tobytes(), "another start shows other noise"  # control: nothing was learned
 
 
 def test_an_untrained_network_is_refused_as_a_teacher(world):

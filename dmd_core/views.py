@@ -1,0 +1,103 @@
+"""What is looked at while a run goes on: the student's pictures, and what teacher and critic make of them."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .conditioning import Cond
+from .data import Batch
+from .denoiser import Denoiser, Guided
+from .inpaint import MaskConfig, draw_holes
+from .inpaint.partial import grid
+from .objectives.dmd2 import DMD2
+from .samplers import sample_euler, sample_restart, start
+from .schedule import add_noise
+from .sheet import sheet
+
+if TYPE_CHECKING:
+    from .headless import Job
+
+SHOWN = 4  # prompts of a preview
+SHOWN_HOLES = MaskConfig(least=0.2, most=0.5, all=0.0, crops=0.0)
+Rows = Callable[[torch.Generator], list[Tensor]]
+
+
+def sampled(
+    denoiser: Denoiser, noise: Tensor, sigmas: Tensor, cond: Any, rng: torch.Generator, gamma: float | None
+) -> Tensor:
+    """gamma None: plain Euler."""
+    x = start(denoiser.schedule, noise, sigmas[0])
+    if gamma is None:
+        return sample_euler(denoiser, x, sigmas, cond)
+    return sample_restart(denoiser, x, sigmas, cond, rng, gamma)
+
+
+def preview_of(job: "Job") -> Callable[[], Image.Image] | None:
+    """A row of the student's pictures, and under noise how the teacher and, where there is one, the critic see them."""
+    decode = job.source.pictures
+    if decode is None:
+        return None
+    rows = matched(job) if is_matched(job) else drawn(job)
+
+    @torch.no_grad()
+    def look() -> Image.Image:
+        made = rows(torch.Generator(job.source.device).manual_seed(job.file.samples.seed))
+        labels = ["student", "the teacher sees", "the critic sees"]
+        return sheet([decode(v).float().cpu() for v in made], labels[: len(made)])
+
+    return look
+
+
+def is_matched(job: "Job") -> bool:
+    objective = job.method.objective
+    return isinstance(objective, DMD2) and not job.method.filler and objective.config.backward_simulation
+
+
+def matched(job: "Job") -> Rows:
+    """As a DMD2 update has it: one call of the student somewhere on its way, the scores of that."""
+    objective, cond = job.method.objective, job.pool.take(slice(0, SHOWN))
+    assert isinstance(objective, DMD2)
+    batch = Batch(cond, (len(cond), *job.source.shape))
+
+    def rows(rng: torch.Generator) -> list[Tensor]:
+        x, k = objective.input(batch, rng)
+        x0 = objective.student(x, objective.level(k, x), batch.cond)
+        at = objective.probe(x0, rng, objective.config.low, objective.config.high, x, k)
+        return [x0, *objective.scores(at, batch.cond)]
+
+    return rows
+
+
+def drawn(job: "Job") -> Rows:
+    """The student's own steps from fixed noise; the others look at the result at the middle one of its levels."""
+    made, device = job.method, job.source.device
+    sigmas = torch.tensor([*made.sigmas, 0.0], device=device)
+    student, shape, cond = subject(job)
+    critic = getattr(made.objective, "critic", None)
+    teacher = job.teacher(made.guidance if made.guidance != 1 else job.file.data.pair_guidance)
+
+    def rows(rng: torch.Generator) -> list[Tensor]:
+        noise = torch.randn(shape, generator=rng, device=device)
+        x0 = sampled(student, noise, sigmas, cond, rng, made.gamma)
+        sigma = sigmas[len(made.sigmas) // 2].expand(len(x0))
+        x = add_noise(teacher.schedule, x0, torch.randn(shape, generator=rng, device=device), sigma)
+        return [x0, *(view(x, sigma, cond) for view in (teacher, critic) if view is not None)]
+
+    return rows
+
+
+def subject(job: "Job") -> tuple[Denoiser, tuple[int, ...], Cond]:
+    """Who draws, the shape of what, for which prompts. One that fills holes gets pictures of the data with holes."""
+    made = job.method
+    if made.filler is None:
+        cond = job.pool.take(slice(0, SHOWN))
+        return Guided(made.student, made.cfg, job.negative), (len(cond), *job.source.shape), cond
+    batch = next(job.batches().seek(0))
+    canvas, cond = batch.latents[:SHOWN].to(job.source.device), batch.cond.take(slice(0, SHOWN))
+    rows, columns = grid(canvas, job.source.partial.patch if job.source.partial else 1)
+    own = torch.Generator().manual_seed(job.file.samples.seed)
+    hole = draw_holes(len(canvas), rows, columns, own, SHOWN_HOLES)
+    return made.filler(canvas, hole.to(canvas.device)), tuple(canvas.shape), cond
