@@ -95,7 +95,7 @@ def dmd2(bench: Bench, cls: type[DMD2] = DMD2) -> Made:
     config = bench.config()
     student, student_params = bench.lora("student")
     critic, critic_params = bench.lora("critic", bench.file.lora.critic_rank)
-    discriminator = bench.discriminator(bench.teacher) if config.gan_weight else None
+    discriminator = gan(bench, config, critic)
     objective = cls(
         bench.teacher, student, critic, bench.negative, student_params, critic_params, config, discriminator
     )
@@ -107,7 +107,14 @@ def dmd2(bench: Bench, cls: type[DMD2] = DMD2) -> Made:
         guidance=config.guidance,
         needs_latents=cls is DMD or bool(config.gan_weight) or not config.backward_simulation,
         takes_pictures=cls is DMD2,
+        settled=getattr(config, "warm_up", 0),
     )
+
+
+def gan(bench: Bench, config: Any, critic: Adapted) -> Discriminator | None:
+    if not config.gan_weight:
+        return None
+    return bench.discriminator(critic if config.gan_features == "critic" else bench.teacher)
 
 
 def lazy_inpaint(bench: Bench) -> Made:
@@ -131,7 +138,7 @@ def lazy_inpaint(bench: Bench) -> Made:
         student_params,
         critic_params,
         config,
-        bench.discriminator(bench.teacher) if config.gan_weight else None,
+        gan(bench, config, critic),
         net.patch,
     )
     return Made(

@@ -178,6 +178,8 @@ def write(folder, method="dmd2", steps=3, more="", size=32):
         ("reflow", "", 32),
         pytest.param("diffusion2gan", "", 64, marks=pytest.mark.slow),
         pytest.param("dmd2", "critic_updates = 1\ngan_weight = 0.01", 32, marks=pytest.mark.slow),
+        ("dmd2", "critic_updates = 1\ngan_weight = 0.01\ngan_features = 'critic'", 32),
+        ("dmd", "warm_up = 1", 32),
     ],
 )
 def test_every_method_runs_from_a_file_and_leaves_a_lora(world, method, more, size):
@@ -288,6 +290,28 @@ def test_every_method_shows_the_student_as_it_is_now_and_who_looks_at_it(world, 
     assert not torch.equal(before[0], after[0]), "it is not the student that learns"
     again = views.preview_of(job)()
     assert again.tobytes() == drawn[-1].tobytes(), "another start shows other noise"  # control: nothing was learned
+
+
+def test_a_gan_reads_the_teacher_or_the_critic_which_then_learns_from_it(world):
+    learned = {}
+    for features in ("teacher", "critic"):
+        more = f"critic_updates = 1\ngan_weight = 0.01\ngan_features = '{features}'"
+        job = headless.prepare(write(world, more=more), True, lambda s: None)
+        with job.run.locked():
+            job.make_pairs(1)
+        objective = job.method.objective
+        batch, rng = next(job.batches().seek(0)), torch.Generator().manual_seed(0)
+        gan = objective.terms("critic", batch, rng)["gan"]
+        params = objective.players["critic"].params
+        found = torch.autograd.grad(gan, list(params.values()), allow_unused=True)
+        learned[features] = {k: g is not None and bool(g.any()) for k, g in zip(params, found, strict=True)}
+    lora = [k for k in learned["teacher"] if not k.startswith("head.")]
+    assert any(learned["critic"][k] for k in lora)
+    assert not any(learned["teacher"][k] for k in lora)
+    assert all(any(v for k, v in found.items() if k.startswith("head.")) for found in learned.values())
+    write(world, more="gan_weight = 0.01\ngan_features = 'student'")
+    with pytest.raises(ValueError, match="use 'teacher' or 'critic'"):
+        headless.prepare(world / "RUN.toml", True, lambda s: None)
 
 
 def test_an_untrained_network_is_refused_as_a_teacher(world):

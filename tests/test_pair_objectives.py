@@ -122,6 +122,26 @@ def test_matching_can_be_turned_off_for_a_warm_up_that_asks_no_teacher():
     assert objective.teacher.calls == 0
 
 
+def test_a_warm_up_teaches_the_student_alone_by_regression_alone():
+    objective = dmd(warm_up=2, critic_updates=3)
+    seen = [(r.counters, set(r.losses)) for r in train(objective, repeat(pair_batch()), TrainConfig(steps=3))]
+    assert [counters for counters, _ in seen] == [
+        {"critic": 0, "student": 1},
+        {"critic": 0, "student": 2},
+        {"critic": 3, "student": 3},
+    ]
+    assert [terms for _, terms in seen[:2]] == [{"student/regression"}] * 2
+    assert seen[2][1] == {"critic/denoise", "student/dmd", "student/regression"}
+    plain = list(train(dmd(critic_updates=3), repeat(pair_batch()), TrainConfig(steps=1)))
+    assert plain[0].counters == {"critic": 3, "student": 1}  # control: off by default
+    objective.turns(0)
+    calls = objective.teacher.calls
+    objective.terms("student", pair_batch(), generator())
+    assert objective.teacher.calls == calls
+    with pytest.raises(ValueError, match="weight above 0"):
+        dmd(warm_up=5, regression_weight=0.0)
+
+
 def test_dmd_is_one_step_and_needs_pairs():
     with pytest.raises(ValueError, match="use DMD2"):
         dmd(FOUR)

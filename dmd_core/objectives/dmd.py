@@ -1,6 +1,6 @@
 """DMD (Yin et al. 2023), the first version: the matching gradient beside a regression on the teacher's own pairs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +23,21 @@ def mean_square(generated: Tensor, target: Tensor, batch: Batch, rng: torch.Gene
 class DMDConfig(DMD2Config):
     critic_updates: int = 1  # the regression keeps the student in place: one time scale suffices
     regression_weight: float = 0.25
+    warm_up: int = 0  # first updates, of the student alone, on the regression alone (DMD2's one-step SDXL recipe)
+
+    def __post_init__(self) -> None:
+        if self.warm_up < 0 or (self.warm_up and not self.regression_weight):
+            raise ValueError(
+                f"warm_up is {self.warm_up} with regression_weight {self.regression_weight:g}; give updates and a "
+                "weight above 0, or warm_up 0"
+            )
 
 
 class DMD(DMD2):
     """One step, no GAN. Batches carry the teacher's noise-latent pairs; the matching gradient takes fresh noise.
 
     `distance` compares the student's latents with the pair's. The paper decodes both and uses LPIPS; pass
-    `Perceptual` (diffusion2gan.py) for a metric on the teacher's own features. With matching_weight and
-    guidance_weight at 0 it is the regression warm-up of DMD2's one-step SDXL recipe.
+    `Perceptual` (diffusion2gan.py) for a metric on the teacher's own features.
     """
 
     def __init__(self, *args: object, distance: Distance = mean_square, **named: object):
@@ -38,15 +45,26 @@ class DMD(DMD2):
         if len(self.config.sigmas) != 1:
             count = len(self.config.sigmas)
             raise ValueError(f"DMD is a one-step method, and {count} student sigmas were given; give one, or use DMD2")
-        self.distance = distance
+        self.distance, self.warming = distance, False
+
+    def turns(self, step: int) -> Sequence[str]:
+        turns = super().turns(step)
+        self.warming = step < self.config.warm_up  # type: ignore[attr-defined]
+        return ("student",) if self.warming else turns
+
+    def terms(self, player: str, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        return self.regression(batch, rng) if self.warming else super().terms(player, batch, rng)
 
     def student_terms(
         self, x0: Tensor, batch: Batch, rng: torch.Generator, x: Tensor | None = None, k: int = 0
     ) -> dict[str, Tensor]:
-        assert isinstance(self.config, DMDConfig)
         matching = self.config.matching_weight or self.config.guidance_weight
         terms = super().student_terms(x0, batch, rng, x, k) if matching else {}
-        noise, latents = (v.to(x0) for v in batch.pair("DMD's regression"))
+        return terms | self.regression(batch, rng)
+
+    def regression(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        assert isinstance(self.config, DMDConfig)
+        noise, latents = (v.to(self.dtype) for v in batch.pair("DMD's regression"))
         x = start(self.student.schedule, noise, self.config.sigmas[0])
         made = self.student(x, self.level(0, x), batch.cond)
-        return terms | {"regression": self.config.regression_weight * self.distance(made, latents, batch, rng)}
+        return {"regression": self.config.regression_weight * self.distance(made, latents, batch, rng)}

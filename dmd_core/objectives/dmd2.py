@@ -60,6 +60,7 @@ class DMD2Config:
     gan_weight: float = 0.0  # in the student's loss; 0: no GAN at all. Published: 5e-3 SDXL, 1e-3 SD1.5
     gan_critic_weight: float = 1e-2
     gan_loss: str = "softplus"  # softplus | hinge
+    gan_features: str = "teacher"  # teacher (frozen) | critic (published: its backbone learns from the GAN too)
     r1_weight: float = 0.0  # approximate R1 on real latents
     # research options, off by default
     guidance_weight: float = 1.0  # of the teacher's guidance part (decoupled DMD)
@@ -233,6 +234,8 @@ def check_options(
         raise ValueError(f"divergence {c.divergence!r} is not known; use one of {', '.join(map(repr, DIVERGENCES))}")
     if c.divergence != "rkl" and not c.gan_weight:
         raise ValueError(f"divergence {c.divergence!r} reads a discriminator; turn the GAN on, or use 'rkl'")
+    if c.gan_features not in ("teacher", "critic"):
+        raise ValueError(f"gan_features is {c.gan_features!r}; use 'teacher' or 'critic'")
     if c.one_sample and max(c.student_accumulate, c.critic_accumulate) > 1:
         raise ValueError("one_sample leaves nothing new to accumulate; turn it off, or accumulate 1 batch")
     if c.trajectory and not c.backward_simulation:
