@@ -27,6 +27,7 @@ else:
     profiles = comfy_host.pack_module("dmd_core.weights.profiles")
     header = comfy_host.pack_module("dmd_core.weights.header")
     RANK = 3
+    NORM = {"sd15_eps": "out.0.weight", "flux": "double_blocks.0.img_attn.norm.query_norm.weight"}
 
     @pytest.fixture
     def shelf(tmp_path):
@@ -44,7 +45,12 @@ else:
                 flat = p.data.flatten(1)
                 low = torch.randn(len(flat), RANK, generator=rng) @ torch.randn(RANK, flat.shape[1], generator=rng)
                 p.data = p.data + (0.05 * low / flat.shape[1] ** 0.5).reshape(p.shape)
+        norms(other)[NORM[name]].data += 0.1
         return base, other
+
+    def norms(model):
+        named = model.model.diffusion_model.named_parameters()
+        return {n: p for n, p in named if p.ndim == 1 and n.endswith("weight")}
 
     def matrices(model):
         named = model.model.diffusion_model.named_parameters()
@@ -63,6 +69,7 @@ else:
         path, text, _ = execute(base, other, rank=RANK + 1)
         assert Path(path).parent == shelf
         assert "100.0% on average" in text
+        assert "1 norms and biases changed too, which a LoRA cannot hold" in text
         tensors = comfy.utils.load_torch_file(path, safe_load=True)
         student = comfy.sd.load_lora_for_models(base, None, tensors, 1.0, 0.0)[0]
         assert not any("not loaded" in r.getMessage() for r in caplog.records)
@@ -71,6 +78,9 @@ else:
         for n, weight in wanted.items():
             torch.testing.assert_close(given[n], weight, atol=1e-4, rtol=0, msg=n)
         assert max((given[n] - before[n]).abs().max() for n in wanted) > 1e-2, "the control: there was a difference"
+        left = norms(student)[NORM[name]]
+        assert torch.equal(left, norms(base)[NORM[name]])
+        assert not torch.equal(left, norms(other)[NORM[name]]), "what a LoRA cannot hold stays the base's"
         student.unpatch_model()
         assert all(torch.equal(p, before[n]) for n, p in matrices(base).items())
 
