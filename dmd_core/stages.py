@@ -31,6 +31,11 @@ def with_head(schedule: Schedule, sigmas: Tensor, steps: int, replaced: int = 1)
     return ending([*head, *levels[replaced:-1]])
 
 
+def steps_above(sigmas: Tensor, level: float) -> int:
+    """How many steps begin at a level or above it (to the rounding of `turn`): Wan's boundary as a number of steps."""
+    return sum(s * (1 + 1e-4) >= level for s in sigmas[:-1].tolist())
+
+
 def boundaries(sigmas: Tensor, steps: Sequence[int]) -> list[float]:
     """The level at which each model but the last hands over, from the number of steps that each does."""
     total = len(sigmas) - 1

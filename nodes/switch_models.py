@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..dmd_core.stages import boundaries, turn, with_head
+from ..dmd_core.stages import boundaries, steps_above, turn, with_head
 from .comfy_denoiser import latent_shapes, schedule_of
 from .evidence import graph_of
 from .few_step import AUTO, denoise_input, plan, profile_input, steps_input
@@ -187,6 +187,19 @@ class SwitchModels(io.ComfyNode):
                     tooltip="Noise levels of your own to be shared out; then nothing is recognised and the sampler "
                     "adds no noise between steps.",
                 ),
+                io.Float.Input(
+                    "first_until",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.005,
+                    round=0.0001,
+                    tooltip="Noise level (sigma) down to which the first model works; 0 is off. It then decides how "
+                    "many steps are its part, or how many of the student's its extra steps replace. Wan 2.2: 0.875 "
+                    "from text, 0.9 from an image.",
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.Guider.Output(tooltip="The models as one, for SamplerCustomAdvanced."),
@@ -216,7 +229,9 @@ class SwitchModels(io.ComfyNode):
         middle_cfg: float = 1.0,
         latent: Mapping[str, Any] | None = None,
         sigmas: Tensor | None = None,
+        first_until: float = 0.0,
     ) -> io.NodeOutput:
+        extra = how == HEAD and sigmas is None
         if sigmas is None:
             graph, node = graph_of(cls.hidden)
             found = plan(
@@ -224,10 +239,15 @@ class SwitchModels(io.ComfyNode):
                 cfg=last_cfg,
             )  # fmt: skip
             last, sampler, sigmas, why = found.model, found.sampler, found.sigmas, found.why
-            if how == HEAD and first_steps:
-                sigmas, sampler = headed(first, sampler, sigmas, first_steps)
         else:
             sampler, why = RestartSampler(sigmas[:-1].tolist(), [0.0] * (len(sigmas) - 1)), "Noise levels as wired."
+        above = steps_above(sigmas, first_until) if first_until else 1
+        if first_until and (not extra or not above):
+            first_steps = above
+        if extra and first_steps:
+            sigmas, sampler = headed(first, sampler, sigmas, first_steps, above)
+        if first_until:
+            why += f"\nThe first model works down to the noise level {first_until:g}: {first_steps} steps."
         given = [(first, first_cfg, first_steps), (middle, middle_cfg, middle_steps if middle is not None else 0)]
         earlier = [(Stage(model, cfg), n) for model, cfg, n in given if n]
         stages = [*(s for s, _ in earlier), Stage(last, last_cfg)]
@@ -242,10 +262,12 @@ class SwitchModels(io.ComfyNode):
         return io.NodeOutput(guider, sampler, sigmas, why, ui=ui.PreviewText(why))
 
 
-def headed(first: Any, sampler: RestartSampler, sigmas: Tensor, steps: int) -> tuple[Tensor, RestartSampler]:
-    """The student's levels and noise with a teacher's deterministic steps in place of its first one."""
-    longer = with_head(schedule_of(first.get_model_object("model_sampling")), sigmas, steps)
-    gammas = [0.0] * steps + sampler.gammas[1:]
+def headed(
+    first: Any, sampler: RestartSampler, sigmas: Tensor, steps: int, replaced: int
+) -> tuple[Tensor, RestartSampler]:
+    """The student's levels and noise with a teacher's deterministic steps in place of its first ones."""
+    longer = with_head(schedule_of(first.get_model_object("model_sampling")), sigmas, steps, replaced)
+    gammas = [0.0] * steps + sampler.gammas[replaced:]
     return longer, RestartSampler(longer[:-1].tolist(), gammas, sampler.keep, sampler.top)
 
 

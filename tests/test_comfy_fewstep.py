@@ -536,6 +536,47 @@ else:
         torch.testing.assert_close(image, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
 
     @torch.inference_mode()
+    @pytest.mark.parametrize(("name", "profile"), [("sd15_eps", "dmd2-sdxl-4step"), ("wan", "wan22-lightning-lora")])
+    def test_a_boundary_by_noise_level_is_the_cut_by_steps_that_it_implies(name, profile):
+        first, last = comfy_tiny.patcher(name, 1), comfy_tiny.patcher(name)
+        options = {"first_cfg": 4.0, "profile": profile, "how": switch_models.SHARE}
+        levels = FewStep.execute(last, 0, 1.0, profile)[2].tolist()
+        images = {}
+        for steps in (1, 2, 3):
+            level = (levels[steps - 1] + levels[steps]) / 2
+            images[steps], out = switched(name, first, last, first_steps=steps, **options)
+            by_level, told = switched(name, first, last, first_steps=9, first_until=level, **options)
+            assert torch.equal(by_level, images[steps])
+            assert f"{steps} steps." in told[3]
+            assert torch.equal(told[2], out[2])
+        assert not torch.equal(images[1], images[2])
+        off, out = switched(name, first, last, first_steps=2, first_until=0.0, **options)
+        assert torch.equal(off, images[2])
+        assert "down to the noise level" not in out[3]
+        plain = custom(name, FewStep.execute(last, 0, 1.0, profile), latent(name))
+        above, _ = switched(name, first, last, first_steps=2, first_until=levels[0] * 1.5, **options)
+        assert torch.equal(above, plain), "no level is that noisy: the first model has no step"
+        with pytest.raises(ValueError, match="leave at least one"):
+            switched(name, first, last, first_until=levels[3] / 2, **options)
+
+    @torch.inference_mode()
+    def test_extra_steps_replace_the_students_steps_above_the_boundary():
+        first, last = comfy_tiny.patcher("sd15_eps", 1), comfy_tiny.patcher("sd15_eps")
+        trained = FewStep.execute(last, 0, 1.0, "dmd2-sdxl-4step")[2]
+        options = {"first_steps": 3, "profile": "dmd2-sdxl-4step"}
+        _, out = switched("sd15_eps", first, last, first_until=4.0, **options)  # 14.6 and 4.08 are above
+        assert len(out[2]) == 3 + len(trained) - 2
+        torch.testing.assert_close(out[2][3:], trained[2:])
+        assert out[1].gammas == [0.0] * 3 + [1.0] * 2
+        # a teacher's step may begin below the boundary, and stays the teacher's
+        assert float(out[2][2]) < 4.0
+        assert out[0].handovers == [pytest.approx(float(trained[2]))]
+        _, none = switched("sd15_eps", first, last, first_until=20.0, **options)
+        assert torch.equal(none[2], trained), "no level is that noisy: nothing is replaced"
+        one, plain = (switched("sd15_eps", first, last, first_until=u, **options)[0] for u in (5.0, 0.0))
+        assert torch.equal(one, plain), "one replaced step is what the node does without a boundary"
+
+    @torch.inference_mode()
     def test_clones_of_one_model_and_three_models_hand_over_and_stay_clean(tmp_path):
         with torch.inference_mode(False):
             base = comfy_tiny.patcher("sd15_eps", inference=False)

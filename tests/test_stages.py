@@ -5,7 +5,7 @@ import torch
 
 from dmd_core import sigmas as grids
 from dmd_core.schedule import Discrete, Flow
-from dmd_core.stages import boundaries, turn, with_head
+from dmd_core.stages import boundaries, steps_above, turn, with_head
 
 VP = Discrete.from_betas("scaled_linear", 0.00085, 0.012, 1000)
 
@@ -42,3 +42,15 @@ def test_the_level_of_a_handover_is_the_next_models():
     for steps in ([4], [2, 2], [-1]):
         with pytest.raises(ValueError, match="leave at least one"):
             boundaries(sigmas, steps)
+
+
+def test_a_boundary_by_level_is_a_number_of_steps():
+    wan = grids.ending(grids.shifted(4, 5.0))  # 1, .9375, .8333, .625
+    assert [steps_above(wan, level) for level in (1.5, 1.0, 0.95, 0.9375, 0.875, 0.1)] == [0, 1, 1, 2, 2, 4]
+    for level in (0.9, 0.8333, 0.7):
+        handover = boundaries(wan, [steps_above(wan, level)])
+        assert [turn(s, handover) for s in wan[:-1].tolist()] == [
+            int(s < level * (1 - 1e-4)) for s in wan[:-1].tolist()
+        ]
+    vp = grids.at_timesteps(VP, grids.trailing(4))
+    assert steps_above(vp, 4.0) == 2
