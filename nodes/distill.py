@@ -357,7 +357,7 @@ class Distill(io.ComfyNode):
         if given["mode"] == EXPORT:
             run = Run(locate(root(), check_name(file.run.name)))
             pictured = any(LATENT in entry[1] for entry in prompts)
-            return words_only(export(run, file, pool_of(prompts)[0], pictured), run)
+            return words_only(export(run, file, pool_of(prompts)[0], pictured))
         run = open_run(root(), file.run.name, file.run.resume)
         said: list[str] = []
         mm.unload_all_models()  # the text encoder above all
@@ -368,7 +368,7 @@ class Distill(io.ComfyNode):
         with teacher:
             job = begin(teacher, family, file, prompts, negative, vae, run, say_to(said))
             if given["mode"] == PLAN:
-                return words_only(plan_words(job), run)
+                return words_only(plan_words(job))
             train(job)
         return outcome(model, run, said)
 
@@ -381,17 +381,18 @@ def say_to(said: list[str]):
     return say
 
 
-def words_only(text: str, run: Run) -> io.NodeOutput:
-    """There is no student: what hangs on it waits without an error."""
-    blocked = [ExecutionBlocker(None)] * 4
-    return io.NodeOutput(*blocked, text, run.name, ui=ui.PreviewText(text))
+def words_only(text: str) -> io.NodeOutput:
+    """There is no student: what hangs on it, Save and Inspect Run too, waits without an error."""
+    blocked = ExecutionBlocker(None)
+    return io.NodeOutput(*[blocked] * 4, text, blocked, ui=ui.PreviewText(text))
 
 
 def outcome(model: Any, run: Run, said: list[str]) -> io.NodeOutput:
     report = "\n".join([(run.path / "report.txt").read_text(encoding="utf-8"), *said]).rstrip()
     if not run.snapshots():  # stopped before the first one
         image, words = live.result(curves_of(run), report)
-        return io.NodeOutput(*[ExecutionBlocker(None)] * 2, loss_map(run), image, report, run.name, ui=words)
+        blocked = ExecutionBlocker(None)
+        return io.NodeOutput(blocked, blocked, loss_map(run), image, report, blocked, ui=words)
     chosen = find_snapshot(run, "best")
     student = Student.at(run, chosen)
     image, words = live.result(sheet_of(run, chosen), report)

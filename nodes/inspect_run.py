@@ -49,13 +49,19 @@ class InspectRun(io.ComfyNode):
             "LORA_MODEL. Deletes what is not wanted any more.",
             search_aliases=["training curves", "snapshots", "contact sheet", "run folder", "delete run", "dmd"],
             inputs=[
-                io.Combo.Input("run", options=runs(root()) or [NONE], tooltip="A folder in output/dmd."),
+                io.Combo.Input("run", options=[*runs(root()), NONE], tooltip="A folder in output/dmd."),
                 io.String.Input("snapshot", default=BEST, tooltip="best, last, or the update of a snapshot."),
                 io.Combo.Input(
                     "action",
                     options=[SHOW, DROP, THIN, DELETE],
                     default=SHOW,
                     tooltip="Deleting cannot be undone. Set it back to show afterwards.",
+                ),
+                io.String.Input(
+                    "run_name",
+                    optional=True,
+                    force_input=True,
+                    tooltip="In place of the choice: the output run of a training, so that it is shown when it ends.",
                 ),
             ],
             outputs=[
@@ -69,11 +75,12 @@ class InspectRun(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, run: Any = None, **_inputs: Any) -> str:
-        return mark_of(run)
+    def fingerprint_inputs(cls, run: Any = None, run_name: Any = None, **_inputs: Any) -> str:
+        return mark_of(run_name or run)
 
     @classmethod
-    def execute(cls, run: str, snapshot: str = BEST, action: str = SHOW) -> io.NodeOutput:
+    def execute(cls, run: str, snapshot: str = BEST, action: str = SHOW, run_name: str = "") -> io.NodeOutput:
+        run = run_name or run
         folder = find_run(run)
         if action == DELETE:
             delete_run(root(), run)

@@ -162,7 +162,7 @@ def _completed(node: Mapping[str, Any], schemas: Schemas) -> dict[str, Any]:
     while True:
         merged = {**found, **given}
         for name, kind, options, _ in inputs_of(schema, merged):
-            if name not in merged and kind in WIDGETS:
+            if name not in merged and is_widget(kind, options):
                 value = _default(kind, options)
                 if value is not None:
                     found[name] = value
@@ -262,11 +262,15 @@ def api_of(ui: Mapping[str, Any], schemas: Schemas) -> Api:
     return dict(sorted(api.items(), key=lambda item: int(item[0])))
 
 
+def is_widget(kind: str, options: Mapping[str, Any]) -> bool:
+    return kind in WIDGETS and not options.get("forceInput")
+
+
 def _positional(schema: Mapping[str, Any], values: list[Any]) -> Iterator[tuple[str, Any]]:
     waiting, found = list(values), {}
     names_seen = 0
     while True:  # a choice adds its inputs right behind itself
-        row = [(n, k, o) for n, k, o, _ in inputs_of(schema, found) if k in WIDGETS]
+        row = [(n, k, o) for n, k, o, _ in inputs_of(schema, found) if is_widget(k, o)]
         if names_seen == len(row):
             break
         name, kind, options = row[names_seen]

@@ -5,7 +5,15 @@ import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const NAME = "dmd report";
-const HEIGHT = 150;
+const [LINE, LETTER, MARGIN] = [13, 6.1, 40]; // pixels of the box's type, and around it
+const [LOW, HIGH] = [60, 400];
+
+// of the whole text, wrapped: a report that is cut off is not read
+function height(text, width) {
+  const letters = Math.max((width - MARGIN) / LETTER, 10);
+  const lines = text.split("\n").map((line) => Math.max(Math.ceil(line.length / letters), 1));
+  return Math.min(Math.max(lines.reduce((a, b) => a + b, 1) * LINE, LOW), HIGH);
+}
 
 function box(node) {
   const old = node.widgets?.find((widget) => widget.name === NAME);
@@ -13,7 +21,7 @@ function box(node) {
   const { widget } = ComfyWidgets.STRING(node, NAME, ["STRING", { multiline: true }], app);
   widget.serialize = false;
   widget.options.serialize = false;
-  widget.options.getMinHeight = () => HEIGHT;
+  widget.options.getMinHeight = () => height(widget.value, node.size[0]);
   if (widget.element) widget.element.readOnly = true;
   return widget;
 }
@@ -25,11 +33,10 @@ app.registerExtension({
     const before = node.onExecuted;
     node.onExecuted = function (output) {
       before?.apply(this, arguments);
-      const text = output?.text?.join("\n");
+      const text = output?.text?.join("\n").trim();
       if (!text) return;
       box(this).value = text;
-      const [width, height] = this.computeSize();
-      this.setSize([Math.max(width, this.size[0]), Math.max(height, this.size[1])]);
+      this.setSize(this.computeSize().map((least, axis) => Math.max(least, this.size[axis])));
     };
   },
 });
