@@ -18,15 +18,17 @@ from einops import rearrange
 from torch import Tensor
 
 from ..dmd_core import inpaint
+from ..dmd_core.families import GENERIC, detect
 from ..dmd_core.inpaint import Box, crop, masks
+from .comfy_source import usual_size
 from .lazy_blocks import NotLazy, patch_of, sites_of
-from .lazy_inpaint import MODES, Lazy, LazyConfig, Session, memory, predicted
+from .lazy_inpaint import MODES, Lazy, LazyConfig, Session, Sessions, memory, predicted
 
 DEFAULTS = LazyConfig()
 TEXT_TOKENS = 256  # assumed for the predicted cost; the report after a run has the real number
 PAD = 16  # latent cells around the hole that a local decode sees
 UNPAINTED = (64, 64)  # of the mask that Load Image gives where nothing was painted, whatever the picture's size
-SESSIONS: dict[str, Session] = {}
+SESSIONS = Sessions()
 CANVASES: WeakKeyDictionary[Any, inpaint.Canvas] = WeakKeyDictionary()  # by the VAE
 
 RegionType = io.Custom("DMD_REGION")
@@ -40,6 +42,20 @@ class Region:
     mask: Tensor  # [b h w]
     boxes: list[Box] | None  # None: the whole canvas was sampled
     size: tuple[int, int]  # rows, columns of the picture that is returned
+    sampled: tuple[int, int] | None = None  # rows, columns of each crop, where it was enlarged for sampling
+
+    def cut(self, value: Tensor) -> Tensor:
+        """[b ... h w] as it is sampled."""
+        if self.boxes is None:
+            return value
+        parts = crop.cut(value, self.boxes)
+        return parts if self.sampled is None else crop.resized(parts, self.sampled)
+
+    def cut_mask(self) -> Tensor:
+        if self.boxes is None or self.sampled is None:
+            return self.cut(self.mask)
+        # each pixel of the hole stays in it
+        return F.interpolate(crop.cut(self.mask, self.boxes)[:, None], self.sampled, mode="bilinear")[:, 0]
 
 
 def picture(image: Tensor) -> Tensor:
@@ -141,13 +157,15 @@ class PrepareInpaint(io.ComfyNode):
         rim = (0, -size[1] % multiple, 0, -size[0] % multiple)
         original, mask = F.pad(original, rim, mode="replicate"), F.pad(mask, rim)
         packed = pictures_per_frame(vae) if len(original) > 1 else 1
-        boxes = boxes_of(mask, area, model, context, multiple, video=packed > 1)
+        usual = usual_of(model)
+        boxes = boxes_of(mask, area, model, context, multiple, usual, video=packed > 1)
         filled = original if prefill == "none" else inpaint.prefill(original, mask, prefill)
-        parts, holes = (filled, mask) if boxes is None else (crop.cut(filled, boxes), crop.cut(mask, boxes))
+        region = Region(original, mask, boxes, size, crop.enlarged(boxes[0], usual, multiple) if boxes else None)
+        parts, holes = region.cut(filled), region.cut_mask()
         cells = F.max_pool2d(holes[:, None], ratio)
         if packed > 1:
             cells = in_latent_frames(cells, packed)
-        info = told(mask, cells, boxes, model, steps, multiple // ratio)
+        info = told(region, cells, model, steps, multiple // ratio)
         if local and boxes is None:
             canvas = CANVASES.setdefault(vae, inpaint.Canvas())
             samples = canvas.encode(parts, ratio, lambda value: vae.encode(as_image(value)))
@@ -155,7 +173,7 @@ class PrepareInpaint(io.ComfyNode):
         else:
             samples = vae.encode(as_image(parts))
         latent = {"samples": samples, "noise_mask": cells}
-        return io.NodeOutput(latent, Region(original, mask, boxes, size), as_image(parts), holes, info)
+        return io.NodeOutput(latent, region, as_image(parts), holes, info)
 
 
 def extended(image: Tensor, mask: Tensor, sides: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
@@ -200,9 +218,8 @@ def reads_masked(model: Any) -> bool:
 
 def masked_picture(region: "Region", vae: Any, latent: dict[str, Tensor]) -> dict[str, Tensor]:
     """What such a model is told: the picture with a grey hole, whatever the prefill is, and where the hole is."""
-    grey = inpaint.prefill(region.original, region.mask, "neutral")
-    parts = grey if region.boxes is None else crop.cut(grey, region.boxes)
-    return {"concat_latent_image": vae.encode(as_image(parts)), "concat_mask": latent["noise_mask"]}
+    grey = inpaint.prefill(region.cut(region.original), region.cut_mask(), "neutral")
+    return {"concat_latent_image": vae.encode(as_image(grey)), "concat_mask": latent["noise_mask"]}
 
 
 def pictures_per_frame(vae: Any) -> int:
@@ -224,23 +241,31 @@ def in_latent_frames(cells: Tensor, packed: int) -> Tensor:
     return torch.cat([cells[0], rest])[None, None]
 
 
+def usual_of(model: Any) -> int:
+    """Pixels, each side, of what the model usually draws; 0 where that is not known."""
+    if model is None:
+        return 0
+    family = detect(model.model.diffusion_model)
+    return 0 if family is GENERIC else usual_size(model, family)
+
+
 def boxes_of(
-    mask: Tensor, area: str, model: Any, context: float, multiple: int, video: bool = False
+    mask: Tensor, area: str, model: Any, context: float, multiple: int, usual: int = 0, video: bool = False
 ) -> list[Box] | None:
     if area == "auto":
         area = "crop per island" if model is not None and patch_of_model(model) is None else "canvas"
     if area == "canvas" or not mask.any():
         return None
     if video:  # one box for all frames: a moving one would shake
-        (box,) = inpaint.crops(mask.amax(0, keepdim=True), context, multiple, separate=False)
+        (box,) = inpaint.crops(mask.amax(0, keepdim=True), context, multiple, False, usual)
         return [replace(box, index=i) for i in range(len(mask))]
-    return inpaint.crops(mask, context, multiple, separate=area == "crop per island")
+    return inpaint.crops(mask, context, multiple, area == "crop per island", usual)
 
 
-def told(mask: Tensor, cells: Tensor, boxes: list[Box] | None, model: Any, steps: int, patch: int) -> str:
-    if not mask.any():
+def told(region: Region, cells: Tensor, model: Any, steps: int, patch: int) -> str:
+    if not region.mask.any():
         return "the mask is empty: the picture is returned as it came"
-    said = cost(mask, cells, boxes, model, steps, patch)
+    said = cost(region, cells, model, steps, patch)
     if reads_masked(model):
         said += (
             "\nan inpainting model, which reads the picture with a grey hole. Inpaint shows it one; otherwise "
@@ -249,11 +274,17 @@ def told(mask: Tensor, cells: Tensor, boxes: list[Box] | None, model: Any, steps
     return said
 
 
-def cost(mask: Tensor, cells: Tensor, boxes: list[Box] | None, model: Any, steps: int, patch: int) -> str:
-    if boxes is not None:
-        share = sum(b.area for b in boxes) / mask.numel()
+def cost(region: Region, cells: Tensor, model: Any, steps: int, patch: int) -> str:
+    if (boxes := region.boxes) is not None:
+        share = sum(b.area for b in boxes) / region.mask.numel()
         height, width = boxes[0].height, boxes[0].width
-        return f"{len(boxes)} crop(s) of {width} x {height}: {share:.1%} of the pixels; the rest is not seen"
+        said = f"{len(boxes)} crop(s) of {width} x {height}: {share:.1%} of the pixels; the rest is not seen"
+        if region.sampled is not None:
+            rows, columns = region.sampled
+            said += (
+                f"\nsampled {columns / width:.2f} times enlarged, at {columns} x {rows}: what this model is made for"
+            )
+        return said
     frames = cells[:, 0] if cells.ndim == 5 else cells
     tokens = inpaint.select(inpaint.token_mask(frames, (1, patch, patch)), DEFAULTS.ring, DEFAULTS.multiple)
     grid = (-(-cells.shape[-2] // patch), -(-cells.shape[-1] // patch))
@@ -345,21 +376,22 @@ class LazyInpaint(io.ComfyNode):
     @classmethod
     def execute(cls, model, mode, ring, warm, every, session, accepted, forget, memory, spill) -> io.NodeOutput:
         config = LazyConfig(mode=mode, ring=ring, warm=warm, every=every, fast_gib=memory, slow_gib=spill)
-        kept = SESSIONS.setdefault(session, Session())
+        kept = SESSIONS.take(session)
         said = [kept.reset() if forget else kept.keep(accepted)]
         try:
             sites_of(model.model.diffusion_model)
         except NotLazy as reason:
             said.append(f"not lazy: {reason}. Prepare Inpaint crops instead")
             return io.NodeOutput(model, "\n".join(filter(None, said)))
-        patch = Lazy(config, kept, shower(cls.hidden.unique_id if cls.hidden else None))
+        patch = Lazy(config, kept, shower(cls.hidden.unique_id if cls.hidden else None), SESSIONS)
         return io.NodeOutput(patch.patch(model), "\n".join(filter(None, [*said, *state(mode, kept)])))
 
 
 def state(mode: str, session: Session) -> list[str]:
     lines = [f"mode {mode}"]
     if session.bank is not None:
-        lines.append(f"{memory(session.bank)}, {session.accepted} edits accepted")
+        said = memory(session.bank, SESSIONS.beside(session).banks())
+        lines.append(f"{said}, {session.accepted} edits accepted")
     return lines
 
 
@@ -425,7 +457,8 @@ def decoded(region: Region, latent: Tensor, vae: Any, local: bool) -> tuple[list
     """The pictures and where they belong."""
     batch, (height, width) = len(region.original), region.original.shape[-2:]
     if region.boxes is not None:
-        return region.boxes, checked(vae_picture(vae, latent), len(region.boxes))
+        parts = checked(vae_picture(vae, latent), len(region.boxes))
+        return region.boxes, crop.resized(parts, (region.boxes[0].height, region.boxes[0].width))
     boxes = [Box(i, 0, 0, height, width) for i in range(batch)]
     ratio = height // latent.shape[-2]
     box = inpaint.box_of((region.mask > 0).any(0))
@@ -517,7 +550,7 @@ class Inpaint(io.ComfyNode):
             told_too = masked_picture(region, vae, latent)
             positive, negative = (node_helpers.conditioning_set_values(c, told_too) for c in (positive, negative))
         node_id = cls.hidden.unique_id if cls.hidden else None
-        lazy = Lazy(LazyConfig(mode=mode), SESSIONS.setdefault(f"node {node_id}", Session()), shower(node_id))
+        lazy = Lazy(LazyConfig(mode=mode), SESSIONS.take(f"node {node_id}"), shower(node_id), SESSIONS)
         start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         samples = comfy.sample.sample(
             lazy.patch(model) if region.boxes is None else model,

@@ -12,7 +12,7 @@ guidance rescalers see the right statistics.
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -60,6 +60,7 @@ class Session:
     pending: tuple[Tensor, Tensor] | None = None  # hole [t h w] of the last edit, its latent
     past: list[Tensor] = field(default_factory=list)  # canvases before the accepted edits
     accepted: int = 0
+    prompts: dict[Hashable, Hashable] = field(default_factory=dict)  # branch -> the text that its context was read with
 
     def accept(self) -> str:
         if self.bank is None or self.pending is None or self.canvas is None or not self.bank.accept():
@@ -93,8 +94,48 @@ class Session:
 
     def reset(self) -> str:
         self.bank = self.canvas = self.signature = self.pending = None
-        self.past = []
+        self.past, self.prompts = [], {}
         return "the session is empty"
+
+
+class Sessions(dict[str, Session]):
+    """By name, the one used last at the end. Their banks share one limit: the first ones are dropped for the last."""
+
+    def take(self, name: str) -> Session:
+        return self.setdefault(name, Session())
+
+    def beside(self, session: Session) -> "Beside":
+        return Beside(self, session)
+
+
+@dataclass
+class Beside:
+    """The sessions next to one, as its bank sees them."""
+
+    all: Sessions
+    own: Session
+    dropped: list[str] = field(default_factory=list)
+
+    def use(self) -> None:
+        """Now it is the one used last."""
+        self.dropped = []
+        for name in [n for n, s in self.all.items() if s is self.own]:
+            self.all[name] = self.all.pop(name)
+
+    def banks(self) -> dict[str, Bank]:
+        return {n: s.bank for n, s in self.all.items() if s is not self.own and s.bank is not None}
+
+    def used(self) -> tuple[int, int]:
+        found = [bank.taken for bank in self.banks().values()]
+        return sum(f for f, _ in found), sum(s for _, s in found)
+
+    def drop(self) -> bool:
+        name = next(iter(self.banks()), None)
+        if name is None:
+            return False
+        self.all[name].reset()
+        self.dropped.append(name)
+        return True
 
 
 @dataclass
@@ -118,12 +159,20 @@ class Run:
     text: int = 0
     why: Counter[str] = field(default_factory=Counter)
     full: str = ""  # the bank has no room: there is no point in trying again
+    other_prompt: bool = False  # than the one that the session's context was read with
 
 
 class Lazy:
-    def __init__(self, config: LazyConfig | None = None, session: Session | None = None, tell: Any = None):
+    def __init__(
+        self,
+        config: LazyConfig | None = None,
+        session: Session | None = None,
+        tell: Any = None,
+        sessions: Sessions | None = None,
+    ):
         self.config = config or LazyConfig()
         self.session = session or Session()
+        self.beside = (Sessions() if sessions is None else sessions).beside(self.session)
         self.tell: Callable[[str], None] = tell or logging.getLogger(__name__).info
         self.run: Run | None = None
         self.text = "lazy inpainting has not run yet"
@@ -161,6 +210,7 @@ class Lazy:
             self.tell(self.text)
 
     def _begin(self, guider: Any, sigmas: Tensor, extra_args: Any, noise: Tensor, latent: Tensor, mask: Any) -> Run:
+        self.beside.use()
         if mask is None:
             raise NotLazy("the latent has no noise mask; connect Prepare Inpaint or Set Latent Noise Mask")
         if "multigpu_clones" in extra_args["model_options"]:
@@ -230,6 +280,10 @@ class Lazy:
         elif run.bank is not None and changed.any():
             run.bank.forget(F.pad(changed, (0, run.bank.tokens - len(changed))))
         session.canvas = torch.where(hole, session.canvas, canvas)
+        texts = {(k, i): text_of(c) for k, conds in guider.conds.items() for i, c in enumerate(conds)}
+        if run.bank is None:
+            session.prompts = {}
+        run.other_prompt = any(session.prompts.setdefault(key, text) != text for key, text in texts.items())
 
     # --- one call of the model ---
 
@@ -366,7 +420,7 @@ class Lazy:
         if total < len(run.tokens.computed):
             raise NotLazy("the network has fewer tokens than the latent")
         if run.bank is None or run.bank.tokens != total:
-            run.bank = Bank(total, self.config.fast_gib, self.config.slow_gib)
+            run.bank = Bank(total, self.config.fast_gib, self.config.slow_gib, neighbours=self.beside)
         run.seen = total
 
     def report(self) -> str:
@@ -386,7 +440,11 @@ class Lazy:
                 f"is {step_cost(run.tokens.share, run.seen or total, run.text):.2f}"
             )
         if run.bank is not None:
-            lines.append(memory(run.bank))
+            lines.append(memory(run.bank, self.beside.banks()))
+        if self.beside.dropped:
+            lines.append(f"dropped to make room, used longest ago: {', '.join(self.beside.dropped)}")
+        if run.other_prompt:
+            lines.append("the context was read with another prompt; the hole follows the new one. Forget reads it anew")
         lines += [f"computed whole {count} times: {reason}" for reason, count in run.why.items()]
         return "\n".join(lines)
 
@@ -441,9 +499,21 @@ def token_cells(chosen: Tensor, run: Run) -> Tensor:
     return cells[:, :, : size[0], : size[1], : size[2]]
 
 
-def memory(bank: Bank) -> str:
+def memory(bank: Bank, others: Mapping[str, Bank] | None = None) -> str:
     fast, slow = bank.nbytes
-    return f"bank: {(fast + slow) / 2**30:.3f} GiB" + (f", {slow / 2**30:.3f} of it in main memory" if slow else "")
+    said = f"bank: {(fast + slow) / 2**30:.3f} GiB" + (f", {slow / 2**30:.3f} of it in main memory" if slow else "")
+    if others:
+        total = fast + slow + sum(sum(b.nbytes) for b in others.values())
+        said += f"; {total / 2**30:.3f} GiB with {len(others)} other session(s)"
+    return said
+
+
+def text_of(cond: Mapping[str, Any]) -> Hashable:
+    """Tells prompts apart without keeping them."""
+    found = [cond.get("cross_attn"), cond.get("pooled_output")]
+    return tuple(
+        (tuple(v.shape), float(v.double().sum()), float(v.double().abs().sum())) for v in found if v is not None
+    )
 
 
 def changed_tokens(before: Tensor, after: Tensor, patch: tuple[int, int, int], tolerance: float = 0.1) -> Tensor:

@@ -220,6 +220,47 @@ def test_distant_islands_get_their_own_crops_near_ones_share_and_one_box_can_be_
     assert len(inpaint.crops(near)) == 1
 
 
+@pytest.mark.parametrize(
+    ("size", "hole", "usual", "wanted"),
+    [
+        ((2048, 2048), (100, 100), 1024, (1024, 1024)),  # was 166 x 166: far below what SDXL draws
+        ((2048, 2048), (100, 100), 512, (512, 512)),
+        ((2048, 2048), (100, 100), 0, (176, 176)),  # an unknown model: only the context
+        ((768, 768), (100, 100), 1024, (768, 768)),  # all there is
+        ((512, 4096), (100, 100), 1024, (512, 2048)),
+        ((4096, 512), (100, 100), 1024, (2048, 512)),
+        ((256, 4096), (100, 100), 1024, (256, 2048)),  # no more than 4 to 1
+        ((2048, 2048), (100, 1300), 1024, (544, 1968)),
+        ((2048, 2048), (1000, 1000), 1024, (1520, 1520)),  # large enough by itself
+    ],
+)
+def test_a_crop_is_as_large_as_what_the_model_draws(size, hole, usual, wanted):
+    mask = torch.zeros(1, *size)
+    top, left = (size[0] - hole[0]) // 2, (size[1] - hole[1]) // 3
+    mask[:, top : top + hole[0], left : left + hole[1]] = 1
+    (box,) = inpaint.crops(mask, 1.5, 16, usual=usual)
+    assert (box.height, box.width) == wanted
+    assert box.of(mask).sum() == mask.sum()
+    assert box.top >= 0
+    assert box.top + box.height <= size[0]
+    assert box.left + box.width <= size[1]
+
+
+def test_what_the_picture_cannot_give_is_enlarged_for_sampling():
+    def at(height, width):
+        return crop.enlarged(inpaint.Box(0, 0, 0, height, width), 1024, 16)
+
+    assert at(224, 224) == (1024, 1024)
+    assert at(512, 256) == (1456, 720)  # a million pixels in its own shape
+    assert at(1024, 1024) is at(960, 960) is None  # near enough
+    assert at(2048, 2048) is None  # nothing is made smaller
+    assert crop.enlarged(inpaint.Box(0, 0, 0, 64, 64), 0, 16) is None
+    picture = torch.linspace(0, 1, 64)[None, None, None].expand(1, 3, 48, 64).clone()
+    there = crop.resized(picture, (208, 272))
+    assert (crop.resized(there, (48, 64)) - picture).abs().max() < 0.01
+    assert crop.resized(picture, (48, 64)) is picture
+
+
 def test_every_hole_pixel_is_in_a_crop(rng):
     drawn = inpaint.draw_masks(12, 96, 128, rng)
     covered = torch.zeros_like(drawn)
@@ -437,6 +478,36 @@ def test_memory_is_counted_and_bounded(rng):
 
 
 # --- latents kept between edits ---
+
+
+def test_banks_share_one_limit_and_neighbours_are_dropped_before_it_is_refused(rng):
+    """k and v of ten tokens, 2 heads, 8 wide: 1280 bytes."""
+
+    class Shelf:
+        def __init__(self):
+            self.others = [2000, 2000]
+
+        def used(self):
+            return sum(self.others), 0
+
+        def drop(self):
+            return bool(self.others) and self.others.pop(0) > 0
+
+    def bank(gib, shelf):
+        made = inpaint.Bank(10, gib, 0.0, neighbours=shelf)
+        rows = torch.randn(1, 2, 10, 8, generator=rng)
+        made.write("key", "slot", rows, rows, torch.arange(10))
+        return made
+
+    own, shelf = 1280, Shelf()
+    assert bank((own + 4000) / 2**30, shelf).taken == (own, 0)
+    assert shelf.others == [2000, 2000]  # there was room for all
+    assert bank((own + 2000) / 2**30, shelf).taken == (own, 0)
+    assert shelf.others == [2000]
+    with pytest.raises(inpaint.BankFull):
+        bank((own - 1) / 2**30, shelf)
+    assert shelf.others == []
+    bank(own / 2**30, None)
 
 
 def tone_encoder(pixels):

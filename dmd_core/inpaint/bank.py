@@ -9,6 +9,7 @@ is the one before the last. Edits write to a draft: accept() moves it into the b
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,12 +44,41 @@ class Draft:
     rows: dict[Hashable, dict[Hashable, tuple[Tensor, Tensor]]] = field(default_factory=dict)  # key -> slot -> k, v
 
 
-class Bank:
-    """fast_gib is taken on the device of the rows, then slow_gib in main memory; beyond that BankFull is raised."""
+class Neighbours(Protocol):
+    """Other banks within the same limits."""
 
-    def __init__(self, tokens: int, fast_gib: float = 4.0, slow_gib: float = 16.0, undo: int = 4):
+    def used(self) -> tuple[int, int]:
+        """Bytes that they take, as Bank.nbytes."""
+
+    def drop(self) -> bool:
+        """Frees the one that was not used for longest. False where there is none."""
+
+
+class Alone:
+    def used(self) -> tuple[int, int]:
+        return 0, 0
+
+    def drop(self) -> bool:
+        return False
+
+
+class Bank:
+    """fast_gib is taken on the device of the rows, then slow_gib in main memory; beyond that BankFull is raised.
+
+    Neighbours share these limits, and are dropped before that.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        fast_gib: float = 4.0,
+        slow_gib: float = 16.0,
+        undo: int = 4,
+        neighbours: Neighbours | None = None,
+    ):
         self.tokens = tokens
         self.limits = (fast_gib, slow_gib)
+        self.neighbours = neighbours or Alone()
         self.levels: dict[Hashable, Level] = {}
         self.draft: Draft | None = None
         self.depth = undo
@@ -154,6 +184,11 @@ class Bank:
     # --- memory ---
 
     @property
+    def taken(self) -> tuple[int, int]:
+        """nbytes, counted as it grew: cheap, and a little above after an undo."""
+        return self._used
+
+    @property
     def nbytes(self) -> tuple[int, int]:
         """(on the rows' device, in main memory); on a machine without another device all is the former."""
         tensors = [t for level in self.levels.values() for pair in level.rows.values() for t in pair]
@@ -164,17 +199,23 @@ class Bank:
         return (fast, total - fast) if fast else (total, 0)
 
     def _place(self, nbytes: int, device: torch.device) -> torch.device:
-        """The rows' device while there is room, then main memory, then an error."""
-        used = self._used
+        """The rows' device while there is room, then main memory, then that of neighbours, then an error."""
         fast, slow = (int(limit * GIB) for limit in self.limits)
         if device.type == "cpu":
-            used, fast, slow = (sum(used), 0), fast + slow, 0
-        if used[0] + nbytes <= fast:
-            self._used = (self._used[0] + nbytes, self._used[1])
-            return device
-        if used[1] + nbytes <= slow:
-            self._used = (self._used[0], self._used[1] + nbytes)
-            return torch.device("cpu")
+            fast, slow = fast + slow, 0
+        while True:
+            others = self.neighbours.used()
+            used = (self._used[0] + others[0], self._used[1] + others[1])
+            if device.type == "cpu":
+                used = (sum(used), 0)
+            if used[0] + nbytes <= fast:
+                self._used = (self._used[0] + nbytes, self._used[1])
+                return device
+            if used[1] + nbytes <= slow:
+                self._used = (self._used[0], self._used[1] + nbytes)
+                return torch.device("cpu")
+            if not self.neighbours.drop():
+                break
         raise BankFull(
             f"the context bank holds {sum(used) / GIB:.2f} GiB and needs {nbytes / GIB:.3f} GiB more, but may take "
             f"{sum(self.limits):g} GiB; raise its memory, use fewer steps, or use mode 'refresh', which keeps one level"

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .masks import binary, islands
 
+SMALL = 1.15  # how many times the usual side is larger than a crop's before that is enlarged
+
 
 @dataclass(frozen=True)
 class Box:
@@ -43,17 +45,39 @@ def box_of(hole: Tensor, index: int = 0) -> Box | None:
     return Box(index, top, left, int(rows[-1]) - top + 1, int(columns[-1]) - left + 1)
 
 
-def around(box: Box, size: tuple[int, int], factor: float, multiple: int) -> Box:
-    """The box with context: scaled by factor, rounded up, and moved (not cut) where it would leave the picture."""
+def around(box: Box, size: tuple[int, int], factor: float, multiple: int, usual: int = 0) -> Box:
+    """The box with context: scaled by factor, rounded up, and moved (not cut) where it would leave the picture.
+
+    usual: the model draws pictures of about usual * usual pixels; a smaller box grows to that, as far as there is more.
+    """
     if factor < 1:
         raise ValueError(f"the context factor is {factor}; 1 means no context, 1.5 to 3 are usual")
-    height, top = _span(box.top, box.height, size[0], factor, multiple)
-    width, left = _span(box.left, box.width, size[1], factor, multiple)
+    wanted = [round(length * factor + multiple) for length in (box.height, box.width)]  # never without any context
+    rows, columns = grown(wanted, size, usual)
+    height, top = _span(box.top, box.height, size[0], rows, multiple)
+    width, left = _span(box.left, box.width, size[1], columns, multiple)
     return Box(box.index, top, left, height, width)
 
 
-def _span(start: int, length: int, limit: int, factor: float, multiple: int) -> tuple[int, int]:
-    wanted = min(round(length * factor + multiple), limit)  # never without any context
+def grown(sides: Sequence[int], size: tuple[int, int], usual: int) -> list[int]:
+    """Sides within a picture, at least usual * usual pixels where it has them: a square first, then up to 4 to 1."""
+    sides = [min(side, limit) for side, limit in zip(sides, size, strict=True)]
+    short = int(sides[1] < sides[0])
+    for i, most in ((short, usual), (1 - short, 2 * usual), (short, 2 * usual)):
+        sides[i] = max(sides[i], min(usual**2 // max(1, sides[1 - i]), most, size[i]))
+    return sides
+
+
+def enlarged(box: Box, usual: int, multiple: int) -> tuple[int, int] | None:
+    """Rows and columns to sample a box at that is much smaller than what the model draws; None: as it is."""
+    factor = usual / box.area**0.5
+    if factor < SMALL:
+        return None
+    height, width = (max(1, round(side * factor / multiple)) * multiple for side in (box.height, box.width))
+    return height, width
+
+
+def _span(start: int, length: int, limit: int, wanted: int, multiple: int) -> tuple[int, int]:
     wanted = min(-(-wanted // multiple) * multiple, limit // multiple * multiple or limit)
     wanted = max(wanted, length)
     first = start + length // 2 - wanted // 2
@@ -74,17 +98,17 @@ def merged(boxes: Sequence[Box]) -> list[Box]:
     return out
 
 
-def crops(mask: Tensor, factor: float = 1.5, multiple: int = 16, separate: bool = True) -> list[Box]:
+def crops(mask: Tensor, factor: float = 1.5, multiple: int = 16, separate: bool = True, usual: int = 0) -> list[Box]:
     """Boxes with context around each mask [b h w], all of one size, so that they make one batch.
 
-    separate: distant islands get their own; else one box per image. Images without a hole get none.
+    usual: see around. separate: distant islands get their own; else one box per image. Images without a hole get none.
     """
     size = (mask.shape[-2], mask.shape[-1])
     tight: list[Box] = []
     for i, one in enumerate(mask):
         label = islands(one[None])[0] if separate else binary(one).long()
         found = [box_of(label == n, i) for n in range(1, int(label.max()) + 1)]
-        tight += merged([around(b, size, factor, multiple) for b in found if b is not None])
+        tight += merged([around(b, size, factor, multiple, usual) for b in found if b is not None])
     if not tight:
         return []
     # growing all to the largest can make them touch again; a hole may lie in two crops, the later one is pasted last
@@ -109,7 +133,12 @@ def paste(canvas: Tensor, parts: Tensor, boxes: Sequence[Box]) -> Tensor:
         raise ValueError(f"got {len(parts)} pictures for {len(boxes)} regions; give one per region, in their order")
     out = canvas.clone()
     for part, box in zip(parts, boxes, strict=True):
-        if part.shape[-2:] != (box.height, box.width):
-            part = F.interpolate(part[None], (box.height, box.width), mode="bicubic", antialias=True)[0].clamp(0, 1)
-        box.of(out).copy_(part)
+        box.of(out).copy_(resized(part[None], (box.height, box.width))[0])
     return out
+
+
+def resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """[n c h w] in 0..1 at another size; the very pictures where they have it."""
+    if pictures.shape[-2:] == size:
+        return pictures
+    return F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
