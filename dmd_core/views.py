@@ -8,11 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from .conditioning import Cond
-from .data import Batch
 from .denoiser import Denoiser, Guided
 from .inpaint import MaskConfig, draw_holes
 from .inpaint.partial import grid
-from .objectives.dmd2 import DMD2
 from .samplers import sample_euler, sample_restart, start
 from .schedule import add_noise
 from .sheet import sheet
@@ -40,7 +38,7 @@ def preview_of(job: "Job") -> Callable[[], Image.Image] | None:
     decode = job.source.pictures
     if decode is None:
         return None
-    rows = matched(job) if is_matched(job) else drawn(job)
+    rows = rows_of(job)
 
     @torch.no_grad()
     def look() -> Image.Image:
@@ -51,39 +49,20 @@ def preview_of(job: "Job") -> Callable[[], Image.Image] | None:
     return look
 
 
-def is_matched(job: "Job") -> bool:
-    objective = job.method.objective
-    return isinstance(objective, DMD2) and not job.method.filler and objective.config.backward_simulation
-
-
-def matched(job: "Job") -> Rows:
-    """As a DMD2 update has it: one call of the student somewhere on its way, the scores of that."""
-    objective, cond = job.method.objective, job.pool.take(slice(0, SHOWN))
-    assert isinstance(objective, DMD2)
-    batch = Batch(cond, (len(cond), *job.source.shape))
-
-    def rows(rng: torch.Generator) -> list[Tensor]:
-        x, k = objective.input(batch, rng)
-        x0 = objective.student(x, objective.level(k, x), batch.cond)
-        at = objective.probe(x0, rng, objective.config.low, objective.config.high, x, k)
-        return [x0, *objective.scores(at, batch.cond)]
-
-    return rows
-
-
-def drawn(job: "Job") -> Rows:
-    """The student's own steps from fixed noise; the others look at the result at the middle one of its levels."""
+def rows_of(job: "Job") -> Rows:
+    """The student's own steps from fixed noise; the others look at the result under noise of half of its first time."""
     made, device = job.method, job.source.device
     sigmas = torch.tensor([*made.sigmas, 0.0], device=device)
     student, shape, cond = subject(job)
     critic = getattr(made.objective, "critic", None)
     teacher = job.teacher(made.guidance if made.guidance != 1 else job.file.data.pair_guidance)
+    schedule = teacher.schedule
 
     def rows(rng: torch.Generator) -> list[Tensor]:
         noise = torch.randn(shape, generator=rng, device=device)
         x0 = sampled(student, noise, sigmas, cond, rng, made.gamma)
-        sigma = sigmas[len(made.sigmas) // 2].expand(len(x0))
-        x = add_noise(teacher.schedule, x0, torch.randn(shape, generator=rng, device=device), sigma)
+        sigma = schedule.sigma(schedule.timestep(sigmas[:1]) / 2).to(x0).expand(len(x0))
+        x = add_noise(schedule, x0, torch.randn(shape, generator=rng, device=device), sigma)
         return [x0, *(view(x, sigma, cond) for view in (teacher, critic) if view is not None)]
 
     return rows
