@@ -3,7 +3,9 @@
 Kills, cancels, harmed files and a long queue. Each row is written when it is done; a row that was not run says so.
 """
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ class Row:
     times: str
     file: str
     chosen: str  # pytest's -k
-    host: bool = False  # in ComfyUI's interpreter
+    where: str = "here"  # host: in ComfyUI's interpreter; guided: not pytest but guided.py
 
 
 ROWS = {
@@ -32,11 +34,12 @@ ROWS = {
     "folders": Row("kill -9 of a run in its folder: ends bit-equal", "50 each", "test_runs.py", "killed"),
     "saving": Row("kill -9 while saving: a loadable state is left", "200", "test_train.py", "kills"),
     "fuzz": Row("harmed or odd headers, keys, files, names, masks", "3000 each", "test_fuzz.py", "many"),
+    "guided": Row("files made up by atheris, guided by what they make the readers do", "50000", "", "", "guided"),
     "cancels": Row(
-        "cancel at any moment in ComfyUI: as a fresh start", "8 a node", "test_reliability_comfy.py", "hundred", True
+        "cancel at any moment in ComfyUI: as a fresh start", "7 a node", "test_reliability_comfy.py", "hundred", "host"
     ),
     "soak": Row(
-        "prompts through ComfyUI's queue: memory flat within 2 %", "2000", "test_reliability_comfy.py", "flat", True
+        "prompts through ComfyUI's queue: memory flat within 2 %", "2000", "test_reliability_comfy.py", "flat", "host"
     ),
 }
 
@@ -67,15 +70,32 @@ def earlier() -> list[dict[str, Any]]:
 
 def measured(row: Row) -> dict[str, Any]:
     """Runs the row's tests and reads what pytest says of them."""
+    if row.where == "guided":
+        return guided(int(row.times))
     with tempfile.TemporaryDirectory() as aside:
         report = Path(aside) / "report.xml"
-        marked = "endurance and comfy" if row.host else "endurance"
+        marked = "endurance and comfy" if row.where == "host" else "endurance"
         flags = ["-q", "-p", "no:cacheprovider", "-m", marked, "-k", row.chosen, f"--junitxml={report}"]
-        if row.host and not run_in_host(row, flags):
+        if row.where == "host" and not run_in_host(row, flags):
             return {"tests": NOT_RUN, "failed": NOT_RUN, "figures": "no ComfyUI found"}
-        if not row.host:
+        if row.where == "here":
             subprocess.run([sys.executable, "-m", "pytest", *flags, str(ROOT / "tests" / row.file)], cwd=ROOT)
         return read(report)
+
+
+def guided(runs: int) -> dict[str, Any]:
+    """The first input that is neither read nor refused in a sentence ends it, and is kept in the temporary folder."""
+    if importlib.util.find_spec("atheris") is None:
+        return {"tests": NOT_RUN, "failed": NOT_RUN, "figures": "atheris is not installed"}
+    aside = f"-artifact_prefix={tempfile.gettempdir()}/guided_"
+    command = [sys.executable, "-m", f"{__package__}.guided", f"-runs={runs}", "-seed=1", "-max_len=4096", aside]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(out.stderr[-3000:])
+    done = re.search(r"Done (\d+) runs", out.stderr)
+    covered = re.findall(r"cov: (\d+)", out.stderr)
+    figures = f"{done[1] if done else 'stopped'} files, {covered[-1] if covered else 0} branches reached"
+    failed: str | int = "a reader crashed" if out.returncode else 0
+    return {"tests": 1, "failed": failed, "figures": figures, "commit": versions()["commit"]}
 
 
 def run_in_host(row: Row, flags: list[str]) -> bool:

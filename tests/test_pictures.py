@@ -78,3 +78,12 @@ def test_a_cursor_gives_the_same_batch_again():
 def test_every_prompt_has_one_latent():
     with pytest.raises(ValueError, match="2 latents were given for 3 prompts"):
         Latents(pool(3), [torch.zeros(1, 2, 2)] * 2, batch=2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_no_numbers_are_refused_before_a_run(value):
+    latents = [torch.zeros(1, 2, 2) for _ in range(3)]
+    assert Latents(pool(3), latents, batch=2)  # control
+    latents[1][0, 0, 1] = value
+    with pytest.raises(ValueError, match=r"latents \[1\] of 3 hold NaN or infinite"):
+        Latents(pool(3), latents, batch=2)
