@@ -44,7 +44,7 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 # Node ids are permanent. Should one ever change, it is listed here and its old id goes on working. None has changed
-# yet; tests/test_comfy_schemas.py fails when an id or an input disappears.
+# yet; tests/test_shipped.py fails when an id, an input or an output disappears.
 RENAMED: list[io.NodeReplace] = []
 
 

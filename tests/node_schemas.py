@@ -2,8 +2,8 @@
 
     python tests/node_schemas.py      rewrites tests/golden/nodes.json and locales/en/nodeDefs.json from a ComfyUI
 
-The golden lets everything else be checked without a ComfyUI: help, languages, graphs. It also protects saved graphs:
-ids are permanent, inputs are only ever appended.
+The golden lets everything else be checked without a ComfyUI: help, languages, graphs. Saved graphs are protected by
+tests/golden/shipped.json, to which this only adds: ids of nodes and inputs are permanent, outputs keep their places.
 """
 
 import json
@@ -16,6 +16,7 @@ import comfy_host
 
 PACK = Path(__file__).resolve().parents[1]
 GOLDEN = PACK / "tests" / "golden" / "nodes.json"
+SHIPPED = PACK / "tests" / "golden" / "shipped.json"
 LOCALES = PACK / "locales"
 # choices that are files of this machine or lists of this ComfyUI: anything may stand there in a graph
 OPEN = {
@@ -33,6 +34,7 @@ KEPT = [
 ]
 
 Schemas = dict[str, dict[str, Any]]
+Shipped = dict[str, dict[str, list[str]]]  # node -> inputs (those inside of a choice as `method.steps`) and outputs
 
 
 def live() -> Schemas:
@@ -65,6 +67,35 @@ def walk(inputs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, list[A
             if spec[0] == "COMFY_DYNAMICCOMBO_V3":
                 for option in spec[1]["options"]:
                     yield from walk(option["inputs"], f"{prefix}{name}.")
+
+
+def shipped() -> Shipped:
+    found: Shipped = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    return found
+
+
+def grown(known: Shipped, schemas: Schemas) -> Shipped:
+    """Never less than before."""
+    found = {node: {k: list(v) for k, v in names.items()} for node, names in known.items()}
+    for node, now in schemas.items():
+        names = found.setdefault(node, {"inputs": [], "outputs": []})
+        names["inputs"] += sorted({name for name, _ in walk(now["input"])} - set(names["inputs"]))
+        names["outputs"] += now["output_name"][len(names["outputs"]) :]
+    return found
+
+
+def lost(known: Shipped, schemas: Schemas) -> list[str]:
+    """What saved graphs may name and this pack has no more."""
+    found = []
+    for node, names in known.items():
+        if node not in schemas:
+            found.append(node)
+            continue
+        there = {name for name, _ in walk(schemas[node]["input"])}
+        found += [f"{node}.{name}" for name in names["inputs"] if name not in there]
+        outputs = schemas[node]["output_name"]
+        found += [f"{node} -> {name}" for i, name in enumerate(names["outputs"]) if outputs[i : i + 1] != [name]]
+    return found
 
 
 def english(schemas: Schemas) -> dict[str, Any]:
@@ -104,6 +135,8 @@ def main() -> None:
     schemas = live()
     write(GOLDEN, schemas)
     write(LOCALES / "en" / "nodeDefs.json", english(schemas))
+    rows = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(grown(shipped(), schemas).items())]
+    SHIPPED.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
     print(f"{len(schemas)} nodes")
 
 

@@ -173,6 +173,18 @@ def test_every_graph_has_a_thumbnail_where_the_template_browser_looks(name):
         assert picture.format == "JPEG"
 
 
+def unused_nodes(names):
+    """Nodes of ours that none of these graphs shows."""
+    used = {n["class_type"] for name in names for n in graph_files.read_api(name).values()}
+    return {node for node in SCHEMAS if node.startswith("DMD_")} - used
+
+
+def test_every_node_of_ours_is_in_some_graph():
+    assert unused_nodes(NAMES) == set()
+    # the control: this one alone shows Instant Slider
+    assert unused_nodes([n for n in NAMES if not n.startswith("Age slider")]) == {"DMD_InstantSlider"}
+
+
 def test_nothing_else_lies_where_the_template_browser_looks():
     assert {p.stem for p in WORKFLOWS.glob("*.json")} == set(NAMES)
     assert {p.stem for p in WORKFLOWS.glob("*.jpg")} == set(NAMES)
