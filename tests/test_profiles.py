@@ -240,6 +240,7 @@ def test_the_data_is_one_json_without_repeated_ids():
     hashes = [h for p in ROWS.values() for h in p.sha256]
     assert len(set(hashes)) == len(hashes)
     assert all(re.fullmatch("[0-9a-f]{64}", h) for h in hashes)
+    assert all(set(p.bytes) <= set(p.sha256) for p in ROWS.values())
 
 
 # --- denoise --------------------------------------------------------------------------------------------------------
@@ -439,6 +440,31 @@ def test_a_known_hash_names_a_file_that_was_renamed(profile):
         assert match.profile == profile.at(steps)
         assert match.sure == "likely"
     assert recognise_file(Evidence(name="pytorch_lora_weights.safetensors", shapes=shapes_for(profile))).profile is None
+
+
+def test_the_size_rejects_before_the_hash(tmp_path, monkeypatch):
+    profile = ROWS["hyper-sdxl-cfg-lora"]
+    digest, size = next(iter(profile.bytes.items()))
+    lora = Evidence(name="x.safetensors", sha256=digest, shapes=unet_lora("sdxl"))
+    assert recognise_file(dataclasses.replace(lora, bytes=size)).profile == profile.at(8)
+    assert recognise_file(lora).profile == profile.at(8), "a size that nobody knows rejects nothing"
+    assert recognise_file(dataclasses.replace(lora, bytes=size + 1)).profile is None
+
+    hashed = []
+    monkeypatch.setattr(module, "content_hash", lambda path: hashed.append(path.name) or content_hash(path))
+    files = {"sdxl": unet_lora("sdxl"), "qwen": LORAS["qwen_image"]}
+    paths = {name: tmp_path / f"{name}.safetensors" for name in files}
+    for name, shapes in files.items():
+        save_file({k: torch.zeros(s, dtype=torch.float16) for k, s in shapes.items()}, paths[name])
+    for path in paths.values():
+        Evidence.look(path)
+    assert hashed == ["sdxl.safetensors"], "no hash of a Qwen LoRA is known; of SDXL some have no known size"
+    for row in ROWS.values():
+        if row.sha256 and row.base == "sdxl":
+            sized = dict.fromkeys(row.sha256, 7)
+            monkeypatch.setitem(profiles(), row.id, dataclasses.replace(row, bytes=sized))
+    Evidence.look(paths["sdxl"])
+    assert hashed == ["sdxl.safetensors"], "all known files have another size"
 
 
 def test_only_a_lora_that_tells_nothing_is_hashed_and_then_recognised(tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ class Profile:
     files: tuple[str, ...] = ()  # published names, as patterns
     hints: tuple[str, ...] = ()  # what merges and renamed files carry in their names
     sha256: Mapping[str, int] = field(default_factory=dict)  # of a whole file -> its steps
+    bytes: Mapping[str, int] = field(default_factory=dict)  # sha256 -> size of that file, where a list has both
     embedding: bool = False  # proven by a guidance embedding in a UNet
 
     @property
@@ -186,6 +187,7 @@ class Evidence:
     shapes: Mapping[str, Shape] | None = None  # None: nobody looked into the file
     dtypes: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""  # of the whole file, where someone has computed it
+    bytes: int = 0  # 0: not known
     strength: float = 1.0
 
     @classmethod
@@ -196,6 +198,7 @@ class Evidence:
             shapes=header.shapes,
             dtypes=header.dtypes,
             sha256=sha256,
+            bytes=header.size,
             strength=strength,
         )
 
@@ -204,8 +207,10 @@ class Evidence:
         """Its header; the whole file is hashed only where that may help: a LoRA that tells neither kind nor trainer."""
         found = cls.of(read_header(path), strength=strength)
         signed = any(k.startswith(("ss_", "modelspec.")) for k in found.metadata)
-        lora = identify(found.shapes or {}, found.dtypes).kind == "lora"
-        if not lora or signed or recognise_file(found).profile is not None:
+        structure = identify(found.shapes or {}, found.dtypes)
+        if structure.kind != "lora" or signed or not _listed(found.bytes, structure):
+            return found
+        if recognise_file(found).profile is not None:
             return found
         return replace(found, sha256=content_hash(path))
 
@@ -318,9 +323,10 @@ def _of_recipe(recipe: Recipe) -> Profile:
 
 def _by_content(file: Evidence) -> Match:
     structure = identify(file.shapes, file.dtypes) if file.shapes is not None else None
+    digest = file.sha256.lower()
     for profile in profiles().values():
-        if file.sha256 and file.sha256.lower() in profile.sha256:
-            steps = profile.sha256[file.sha256.lower()]
+        if digest in profile.sha256 and file.bytes in (0, profile.bytes.get(digest, file.bytes)):
+            steps = profile.sha256[digest]
             reason = "its sha256 is in a public list of model files, which was not checked against the file"
             return _agreed(profile.at(steps), structure, "likely", reason)
     for source, name in _names(file):
@@ -328,6 +334,12 @@ def _by_content(file: Evidence) -> Match:
             if (named := _published(profile, name)) is not None:
                 return _agreed(named, structure, "likely", f"{source} is the published name {name!r}")
     return _by_proof(structure) or _by_hint(file, structure)
+
+
+def _listed(size: int, structure: Structure) -> bool:
+    """May a file of this size and make have a known hash? To take one costs a second or two for each gigabyte."""
+    able = (p for p in profiles().values() if p.sha256 and not disagreement(p, structure))
+    return any(p.bytes.get(digest, size) == size for p in able for digest in p.sha256)
 
 
 def _names(file: Evidence) -> list[tuple[str, str]]:
