@@ -331,6 +331,16 @@ def test_only_the_first_call_is_another(bench):
     assert [model(None, torch.tensor([s]), None) for s in (1.0, 0.9, 0.5)] == ["first", "inner", "inner"]
 
 
+def test_the_demos_student_reaches_what_its_controls_miss():
+    found = json.loads((ROOT / "bench" / "results" / "students.cpu.json").read_text(encoding="utf-8"))["rows"]
+    right = {row["what"]: [float(v) for v in row["accuracy, seeds"].split(",")] for row in found}
+    wanted = [0.98 * v for v in right["teacher_40"]]
+    assert all(len(values) == 3 for values in right.values())
+    assert all(a >= b for a, b in zip(right["student_4"], wanted, strict=True))
+    for control in ("untrained", "student as its own critic", "wrong sign of the guidance"):
+        assert all(a < b for a, b in zip(right[control], wanted, strict=True)), control
+
+
 @pytest.mark.parametrize("name", ["training", "sampling"])
 def test_targets_are_judged_from_the_rows_that_are_written(bench, name):
     found = json.loads((ROOT / "bench" / "results" / f"{name}.cpu.json").read_text(encoding="utf-8"))
