@@ -37,6 +37,8 @@ WIDGETS = {
     "gan_weight": Widget("Weight of a GAN beside the matching, for sharpness. 0 is off; 0.005 for SDXL, 0.001 for "
                          "SD1.5. The teacher makes its real images first.", 0, 10, 0.0001),
     "gan_loss": Widget("Form of the GAN loss.", options=("softplus", "hinge")),
+    "gan_features": Widget("Whose features the GAN reads: the frozen teacher's, or the critic's, which then learns "
+                           "from it.", options=("teacher", "critic")),
     "loss": Widget("Form of the GAN loss.", options=("hinge", "softplus")),
     "r1_weight": Widget("Approximate R1 penalty, which calms a discriminator that wins too easily.", 0, 1000, 0.1),
     "synchronise": Widget("Share of the student that the critic takes over after each student update; with 0.03 a "
@@ -47,6 +49,7 @@ WIDGETS = {
     "guidance_weight": Widget("Weight of the part that comes from the teacher's guidance.", 0, 10, 0.05),
     "matching_weight": Widget("Weight of the part that matches the unguided teacher.", 0, 10, 0.05),
     "regression_weight": Widget("Weight of the regression on the teacher's own images.", 0, 10, 0.05),
+    "warm_up": Widget("First updates, on the teacher's own images alone, before the matching begins.", 0, 100000),
     "noise_mean": Widget("Where the discriminator looks: higher judges structure, lower texture.", -3, 3, 0.1),
     "noise_std": Widget("How widely the discriminator's noise levels spread.", 0.1, 3, 0.1),
     "discriminator_updates": Widget("Discriminator updates before every student update.", 1, 20),

@@ -82,7 +82,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "DMD2": (
         "dmd2",
         "critic_updates student_lr critic_lr ema gamma backward_simulation trajectory gan_weight gan_loss r1_weight "
-        "synchronise divergence critic_weight guidance_weight matching_weight",
+        "synchronise divergence critic_weight guidance_weight matching_weight gan_features",
     ),
     "LADD": (
         "ladd",
@@ -94,7 +94,7 @@ METHODS: dict[str, tuple[str, str]] = {
     ),
     "Reflow": ("reflow", "lr ema logit_mean logit_std"),
     "Rectified flow (your pictures)": ("rectified_flow", "lr ema logit_mean logit_std"),
-    "DMD v1 (research)": ("dmd", "student_lr critic_lr critic_updates regression_weight ema"),
+    "DMD v1 (research)": ("dmd", "student_lr critic_lr critic_updates regression_weight ema warm_up"),
     "Diffusion2GAN (research)": (
         "diffusion2gan",
         "student_lr discriminator_lr perceptual_weight l1_weight gan_weight r1_weight ema",
