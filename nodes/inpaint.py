@@ -7,9 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.model_base
-import comfy.sample
 import comfy.samplers
-import latent_preview
 import node_helpers
 import torch
 import torch.nn.functional as F
@@ -21,8 +19,12 @@ from ..dmd_core import inpaint
 from ..dmd_core.families import GENERIC, detect
 from ..dmd_core.inpaint import Box, crop, masks
 from .comfy_source import usual_size
+from .evidence import graph_of
+from .few_step import AUTO
+from .inpaint_way import way_of
 from .lazy_blocks import NotLazy, patch_of, sites_of
 from .lazy_inpaint import MODES, Lazy, LazyConfig, Session, Sessions, memory, predicted
+from .sampler import guider_of, sample_latent
 
 DEFAULTS = LazyConfig()
 TEXT_TOKENS = 256  # assumed for the predicted cost; the report after a run has the real number
@@ -507,10 +509,34 @@ class Inpaint(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What shall stand in the hole."),
                 io.Conditioning.Input("negative", tooltip="Has no effect at cfg 1."),
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Noise."),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="4 for most few-step models."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="1 for few-step models."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="0, with the sampler automatic: what the model was made for, else 20.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="0, with the sampler automatic: what the model was made for, else what its family usually "
+                    "is given. 1 is none.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=[AUTO, *comfy.samplers.KSampler.SAMPLERS],
+                    default=AUTO,
+                    tooltip="automatic recognises few-step models and samples them as they were trained, any other "
+                    "model by euler. The others are as in KSampler.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="As in KSampler; has no effect while the sampler is automatic.",
+                ),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
@@ -533,7 +559,7 @@ class Inpaint(io.ComfyNode):
                 io.Image.Output(tooltip="The whole picture, the given one outside of the mask."),
                 io.String.Output(display_name="info", tooltip="Tokens, cost, notices."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -541,9 +567,12 @@ class Inpaint(io.ComfyNode):
         cls, image, mask, model, vae, positive, negative, seed, steps, cfg, sampler_name, scheduler, denoise, mode,
         prefill, grow, soften,
     ) -> io.NodeOutput:  # fmt: skip
+        size = image.shape[1], image.shape[2]
+        way = way_of(model, size, vae, steps, cfg, sampler_name, scheduler, denoise, graph_of(cls.hidden))
         latent, region, _, _, info = PrepareInpaint.execute(
-            image, mask, vae, "auto", 1.5, grow, soften, True, prefill, 0, 0, 0, 0, steps, model, mode == "session"
+            image, mask, vae, "auto", 1.5, grow, soften, True, prefill, 0, 0, 0, 0, way.steps, model, mode == "session"
         ).args
+        info = "\n".join(filter(None, [info, way.why]))
         if not region.mask.any():
             return io.NodeOutput(image, info)
         if reads_masked(model):
@@ -551,21 +580,8 @@ class Inpaint(io.ComfyNode):
             positive, negative = (node_helpers.conditioning_set_values(c, told_too) for c in (positive, negative))
         node_id = cls.hidden.unique_id if cls.hidden else None
         lazy = Lazy(LazyConfig(mode=mode), SESSIONS.take(f"node {node_id}"), shower(node_id), SESSIONS)
-        start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-        samples = comfy.sample.sample(
-            lazy.patch(model) if region.boxes is None else model,
-            comfy.sample.prepare_noise(start, seed),
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            positive,
-            negative,
-            start,
-            denoise=denoise,
-            noise_mask=latent["noise_mask"],
-            callback=latent_preview.prepare_callback(model, steps),
-            seed=seed,
-        )
+        patched = lazy.patch(way.model) if region.boxes is None else way.model
+        guider = guider_of(patched, positive, negative, way.cfg)
+        samples = sample_latent(patched, guider, way.sampler, way.sigmas, latent, seed)["samples"]
         out = CompositeInpaint.execute(region, {"samples": samples}, vae, 0.0, True, True).args[0]
         return io.NodeOutput(out, "\n".join([info, lazy.text] if region.boxes is None else [info]))

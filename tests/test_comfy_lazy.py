@@ -570,6 +570,7 @@ else:
     # --- the nodes ---
 
     nodes = comfy_host.pack_module("nodes.inpaint")
+    way = comfy_host.pack_module("nodes.inpaint_way")
 
     class FakeVAE:
         """Eight pixels to a cell, and a tone that shifts, as real ones do."""
@@ -751,6 +752,111 @@ else:
         assert ("tokens are computed" in info) == (family == "flux")
         assert torch.equal(same, image)
         assert "empty" in notice
+
+    def one_node(model, family, seed=1, steps=0, cfg=0.0, sampler="automatic", mode="auto", denoise=1.0):
+        conds = [comfy_tiny.conditioning(family, s) for s in (1, 2)]
+        how = (seed, steps, cfg, sampler, "simple", denoise, mode, "push-pull", 0, 0)
+        with torch.inference_mode():
+            return nodes.Inpaint.execute(
+                photo(1, 160, 224), spot(1, 160, 224), model, vae_of(family), *conds, *how
+            ).args
+
+    def student(model, **facts):
+        """With a LoRA that says how it was distilled and changes nothing."""
+        lora, recipes = (comfy_host.pack_module(f"dmd_core.weights.{n}") for n in ("lora", "recipe"))
+        family = comfy_host.pack_module("dmd_core.families").detect(model.model.diffusion_model)
+        recipe = recipes.Recipe(family=family.name, objective="dmd2", **facts)
+        net = [n for n, _ in model.model.diffusion_model.named_modules() if n]
+        layer = "double_blocks.0.img_attn.proj"
+        state = {f"{layer}.down": torch.ones(1, 128), f"{layer}.up": torch.zeros(128, 1)}
+        metadata = recipes.header_metadata("student", family, recipe, "lora")
+        tensors = lora.lora_tensors(state, family, net)
+        return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0, lora_metadata=metadata)[0]
+
+    def test_automatic_samples_few_step_models_as_they_were_trained_and_others_in_twenty_steps():
+        model, seen = comfy_tiny.patcher("flux"), []
+        few = student(model, steps=3, sigmas=(1.0, 0.8, 0.4, 0.0), prediction="flow")
+        begin = lazy.Lazy._begin
+
+        def spied(self, guider, sigmas, *rest):
+            seen.append((sigmas.tolist(), guider.cfg))
+            return begin(self, guider, sigmas, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lazy.Lazy, "_begin", spied)
+            _, info = one_node(few, "flux", mode="session")
+            _, slow = one_node(model, "flux")
+            one_node(few, "flux", steps=5, cfg=2.0, sampler="euler")
+        assert seen[0][0] == pytest.approx([1.0, 0.8, 0.4, 0.0])
+        assert [len(levels) - 1 for levels, _ in seen] == [3, 20, 5]
+        assert [cfg for _, cfg in seen] == [1.0, 1.0, 2.0]
+        assert "sigmas 1, 0.8, 0.4, 0" in info
+        assert "not recognised as a few-step model: 20 steps of euler at cfg 1" in slow
+        assert way.way_of(
+            comfy_tiny.patcher("sd3"), (64, 64), FakeVAE(), 0, 0.0, "automatic", "simple", 1.0, ({}, "")
+        ).cfg == pytest.approx(4.5)
+        with pytest.raises(ValueError, match="steps is 0, which only the sampler 'automatic' takes"):
+            one_node(few, "flux", sampler="euler")
+
+    def test_a_sampler_that_is_chosen_is_the_stock_one():
+        model = comfy_tiny.patcher("sd3")
+        latent, region, *_ = prepared(photo(1, 160, 224), spot(1, 160, 224), model, vae=vae_of("sd3"), grow=0, soften=0)
+        positive, negative = (comfy_tiny.conditioning("sd3", s) for s in (1, 2))
+        start = latent["samples"]
+        with torch.inference_mode():
+            noise, how = comfy.sample.prepare_noise(start, 1), (3, 2.0, "dpmpp_2m", "karras", positive, negative, start)
+            made = comfy.sample.sample(model, noise, *how, denoise=0.7, noise_mask=latent["noise_mask"], seed=1)
+            out = nodes.CompositeInpaint.execute(region, {"samples": made}, vae_of("sd3"), 0.0, True, True).args[0]
+            how = (1, 3, 2.0, "dpmpp_2m", "karras", 0.7, "dense", "push-pull", 0, 0)
+            given = (photo(1, 160, 224), spot(1, 160, 224), model, vae_of("sd3"), positive, negative)
+            assert torch.equal(nodes.Inpaint.execute(*given, *how).args[0], out)
+
+    # --- thresholds per step, of ComfyUI's own Differential Diffusion ------------------------------------------------
+
+    def graded(shape):
+        """Four bands of the hole: what may change from the first, second, third of three steps on, and never."""
+        mask = torch.zeros(1, 1, *shape[-2:])
+        for i, value in enumerate((1.0, 0.7, 0.4, 0.1)):
+            mask[..., 4:8, 2 * i + 4 : 2 * i + 6] = value
+        return mask
+
+    def differential(model):
+        extra = importlib.import_module("comfy_extras.nodes_differential_diffusion")
+        return extra.DifferentialDiffusion.execute(model)[0]
+
+    @pytest.mark.parametrize("mode", [None, "refresh", "session"])
+    def test_differential_diffusion_thresholds_the_mask_at_the_few_steps_of_the_sampler_and_lazily(mode):
+        """A cell that the mask lets go late is the given one until then: at each step its x0 is the latent."""
+        sampler = comfy_host.pack_module("nodes.sampler")
+        model, shape = differential(comfy_tiny.patcher("sd3")), shape_of("sd3")
+        latent, mask, seen = draw(shape, 5), graded(shape), []
+        levels = torch.tensor([1.0, 0.6, 0.3, 0.0])
+        if mode is not None:
+            patch, model = patched(model, mode=mode, warm=1, every=2)
+        positive, negative = (comfy_tiny.conditioning("sd3", s) for s in (1, 2))
+
+        def made(model):
+            seen.clear()
+            restart = sampler.RestartSampler(levels[:-1].tolist(), [1.0] * 3, "time", top=1.0)
+            given = {"samples": latent, "noise_mask": mask}
+            with torch.inference_mode(), pytest.MonkeyPatch.context() as spying:
+                callback = lambda *_args: lambda step, x0, x, total: seen.append(x0.clone())  # noqa: E731
+                spying.setattr(sampler.latent_preview, "prepare_callback", callback)
+                guider = sampler.guider_of(model, positive, negative, 2.0)
+                return sampler.sample_latent(model, guider, restart, levels, given, 3)["samples"].clone()
+
+        out = made(model)
+        bands = [(mask == torch.tensor(v)).expand(shape) for v in (1.0, 0.7, 0.4, 0.1)]
+        inner = model.model.process_latent_in(latent)
+        changed = [[bool((x0 - inner)[b].abs().max() > 1e-4) for b in bands] for x0 in seen]
+        assert changed == [[True, False, False, False], [True, True, False, False], [True, True, True, False]]
+        assert torch.allclose(out[mask.expand(shape) < 0.3], latent[mask.expand(shape) < 0.3], atol=1e-5)
+        if mode is not None:
+            assert "computed whole" not in patch.text
+        # the control: without it all of the hole changes at once, the lowest band too
+        plain = comfy_tiny.patcher("sd3")
+        made(plain if mode is None else patched(plain, mode=mode, warm=1, every=2)[1])
+        assert all((seen[0] - inner)[b].abs().max() > 1e-3 for b in bands)
 
     def inpainting_model(family):
         """As SD1.5 inpainting (9 channels) and Flux Fill (6 times the channels) are."""

@@ -1,0 +1,63 @@
+"""How the node Inpaint samples: as it is told, or as the model was made for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..dmd_core.families import detect
+from ..dmd_core.sliders.settings import SLOW_STEPS
+from .evidence import Graph
+from .few_step import AUTO, plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    model: Any
+    sampler: Any
+    sigmas: Tensor
+    cfg: float
+    why: str = ""
+
+    @property
+    def steps(self) -> int:
+        return max(1, len(self.sigmas) - 1)
+
+
+def way_of(
+    model: Any,
+    size: tuple[int, int],
+    vae: Any,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    denoise: float,
+    at: tuple[Graph, str],
+) -> Way:
+    """size: rows, columns of the picture; at: the graph and this node. 0 steps and cfg 0 are left to `automatic`."""
+    if sampler_name != AUTO:
+        if steps < 1:
+            raise ValueError(f"steps is 0, which only the sampler {AUTO!r} takes; give 1 or more, or choose that")
+        return plain(model, steps, cfg, sampler_name, scheduler, denoise)
+    ratio = vae.spacial_compression_encode()
+    latent = {"samples": torch.empty(1, 1, *(s // ratio for s in size)), "downscale_ratio_spacial": ratio}
+    try:
+        found = plan(model, latent, steps=steps, denoise=denoise, graph=at[0], node=at[1])
+    except ValueError as unknown:
+        if "in few steps" not in str(unknown):
+            raise
+    else:
+        return Way(model=found.model, sampler=found.sampler, sigmas=found.sigmas, cfg=cfg or found.cfg, why=found.why)
+    steps, cfg = steps or SLOW_STEPS, cfg or sum(detect(model.model.diffusion_model).cfg) / 2
+    why = f"not recognised as a few-step model: {steps} steps of euler at cfg {cfg:g}"
+    return plain(model, steps, cfg, "euler", "simple", denoise, why)
+
+
+def plain(model: Any, steps: int, cfg: float, sampler: str, scheduler: str, denoise: float, why: str = "") -> Way:
+    """As KSampler does it."""
+    kind = comfy.samplers.KSampler
+    levels = kind(model, steps, model.load_device, sampler, scheduler, denoise, model_options=model.model_options)
+    return Way(model=model, sampler=comfy.samplers.sampler_object(sampler), sigmas=levels.sigmas, cfg=cfg, why=why)
