@@ -80,6 +80,26 @@ else:
         assert low < high
         assert graph_files.plain(browser.prompt()) == graph_files.plain(graph_files.read_api(name))
 
+    SAY = "text => app.graph.nodes.find(n => n.type === 'DMD_Distill').onExecuted({text: [text]})"
+    SAID = """() => {
+        const node = app.graph.nodes.find(n => n.type === 'DMD_Distill');
+        const { element } = node.widgets.find(w => w.name === 'dmd report');
+        return [element.value, element.scrollHeight, element.clientHeight];
+    }"""
+
+    @pytest.mark.parametrize("lines", [2, 12])
+    def test_a_report_on_its_node_is_not_cut_off(browser, lines):
+        browser.opened(graph_files.read_ui("Shapes - distill to 4 steps"))
+        said = "\n".join(
+            ["A line of a report that is too long for the box and is wrapped, as most of them are."] * lines
+        )
+        browser.page.evaluate(SAY, said)
+        browser.screenshot(PICTURES / "report on a node.png")  # boxes have no size before they are drawn
+        kept, needed, there = browser.page.evaluate(SAID)
+        assert kept == said
+        assert 20 * lines < needed <= there
+        assert there < needed + 60, "it takes no more room than it needs"
+
     @pytest.mark.parametrize("change", ["renamed node", "wrong value", "missing link"])
     def test_a_broken_graph_is_told(browser, change):
         name = "SDXL DMD2 in 4 steps"

@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const NAME = "dmd report";
-const [LINE, LETTER, MARGIN] = [13, 6.1, 40]; // pixels of the box's type, and around it
+const [LINE, LETTER, MARGIN] = [12, 6.1, 40]; // pixels of the box's type, and around it
 const [LOW, HIGH] = [60, 400];
 
 // of the whole text, wrapped: a report that is cut off is not read
