@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .train import Objective, Seekable, TrainConfig, train
-from .trainstate import TrainState
+from .trainstate import TrainState, whole
 
 GIB = 2**30
 CARDS = (12, 16, 24)  # GB
@@ -135,7 +135,7 @@ def optimizer_bytes(state: TrainState) -> int:
         entries = state.optimizers[name].state
         for p in params.values():
             held = [v for v in entries.get(p, {}).values() if isinstance(v, Tensor)]
-            total += sum(nbytes(v) for v in held) or 2 * nbytes(p)
+            total += sum(nbytes(part) for v in held for part in whole(v).values()) or 2 * nbytes(p)
     return total
 
 

@@ -24,7 +24,7 @@ class TrainConfig:
     warmup: int = 0  # updates of a player until its lr is full
     cooldown: float = 0.0  # share of the steps, at the end, in which the lr falls linearly to 0
     precision: str = "fp32"  # fp32 | bf16: autocast around the network; losses stay fp32
-    optimizer: str = "adamw"  # adamw | adamw8bit
+    optimizer: str = "adamw"  # adamw | adamw8bit (bitsandbytes, else torchao)
 
     def __post_init__(self) -> None:
         if self.steps < 1:

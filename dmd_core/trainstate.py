@@ -1,6 +1,7 @@
 """Everything a run needs to go on: parameters, optimisers, EMA, step and data cursor; saved whole or not at all."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -41,7 +42,10 @@ class TrainState:
         """One optimiser step from the gradients that the parameters hold; frees them."""
         opt = self.optimizers[name]
         for group in opt.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):  # torchao's, which are compiled
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
         opt.step()
         opt.zero_grad(set_to_none=True)
         self.counters[name] += 1
@@ -84,6 +88,7 @@ class TrainState:
             "seed": self.seed,
             "config_hash": self.config_hash,
             "scalars": scalars,
+            "optimizers": self._kinds(),
             "digest": digest(tensors),
             **(meta or {}),
         }
@@ -105,6 +110,12 @@ class TrainState:
             raise ValueError(
                 f"{path} lacks {len(wrong)} tensors of this run, such as {wrong[0]}; it belongs to another model"
             )
+        if header.get("optimizers", self._kinds()) != self._kinds():
+            made, now = (sorted(set(kinds.values())) for kinds in (header["optimizers"], self._kinds()))
+            raise ValueError(
+                f"{path} was made with the optimizer of {', '.join(made)}, here it is that of {', '.join(now)}; "
+                "install the same package, or start a new run"
+            )
         counters = {k: int(header["counters"][k]) for k in self.params}
         for name in self.params:
             self._copy(name, {n: tensors[f"param/{name}/{n}"] for n in self.params[name]})
@@ -125,11 +136,10 @@ class TrainState:
             state = self.optimizers[name].state
             for n, p in params.items():
                 for key, value in state.get(p, {}).items():
-                    where = f"optimizer/{name}/{key}/{n}"
                     if isinstance(value, Tensor):
-                        tensors[where] = value
+                        tensors |= {f"optimizer/{name}/{key}{inner}/{n}": v for inner, v in whole(value).items()}
                     else:
-                        scalars[where] = value
+                        scalars[f"optimizer/{name}/{key}/{n}"] = value
         return {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, scalars
 
     def _load_optimizer(self, name: str, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
@@ -140,7 +150,15 @@ class TrainState:
         for n, p in self.params[name].items():
             entries = {k.partition("/")[0]: v for k, v in saved.items() if k.partition("/")[2] == n}
             if entries:
-                opt.state[p] = {k: _like(v, p, k) for k, v in entries.items()}
+                opt.state[p] = {k: _like(v, p, k) for k, v in entries.items() if "." not in k}
+                for key in dict.fromkeys(k.partition(".")[0] for k in entries if "." in k):
+                    opt.state[p][key] = buffer = opt._new_buffer(p, key == "exp_avg")  # type: ignore[attr-defined]
+                    for inner, value in whole(buffer).items():
+                        value.copy_(entries[key + inner])
+
+    def _kinds(self) -> dict[str, str]:
+        """The package of every player's optimiser: their states are not alike."""
+        return {k: type(opt).__module__.partition(".")[0] for k, opt in self.optimizers.items()}
 
 
 def _like(value: Any, param: Tensor, key: str) -> Any:
@@ -150,17 +168,28 @@ def _like(value: Any, param: Tensor, key: str) -> Any:
     return value.clone() if key == "step" else value.to(param.device).clone()
 
 
+def whole(value: Tensor) -> dict[str, Tensor]:
+    """A plain tensor under "", or the parts that a quantised one (torchao's) holds, by ".name"."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return {"": value}
+    names, _ = value.__tensor_flatten__()
+    return {f".{name}": getattr(value, name) for name in names}
+
+
 def optimizer(player: "Player", config: "TrainConfig") -> torch.optim.Optimizer:
-    params = list(player.params.values())
-    if config.optimizer == "adamw8bit":
+    cls = low_bit_adamw() if config.optimizer == "adamw8bit" else torch.optim.AdamW
+    return cls(list(player.params.values()), lr=player.lr, betas=player.betas, weight_decay=player.weight_decay)
+
+
+def low_bit_adamw() -> Any:
+    for package in ("bitsandbytes", "torchao"):
         try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise ValueError(
-                "optimizer 'adamw8bit' needs the package bitsandbytes; install it or choose 'adamw'"
-            ) from None
-        return AdamW8bit(params, lr=player.lr, betas=player.betas, weight_decay=player.weight_decay)
-    return torch.optim.AdamW(params, lr=player.lr, betas=player.betas, weight_decay=player.weight_decay)
+            return importlib.import_module(f"{package}.optim").AdamW8bit
+        except (ImportError, AttributeError):
+            continue
+    raise ValueError(
+        "optimizer 'adamw8bit' needs the package bitsandbytes or torchao; install one of them or choose 'adamw'"
+    )
 
 
 def config_hash(*configs: Any) -> str:

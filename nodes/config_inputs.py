@@ -69,8 +69,8 @@ WIDGETS = {
     "rank": Widget("Rank of the student's LoRA: how much it can learn, and its size.", 1, 1024),
     "critic_rank": Widget("Rank of the critic's LoRA; 0 takes the student's.", 0, 1024),
     "layers": Widget("Which layers carry the LoRA.", options=PRESETS),
-    "optimizer": Widget("adamw8bit needs the package bitsandbytes and a quarter of the memory for its state.",
-                        options=("adamw", "adamw8bit")),
+    "optimizer": Widget("adamw8bit needs the package bitsandbytes or torchao and a quarter of the memory for its "
+                        "state.", options=("adamw", "adamw8bit")),
     "seed": Widget("Everything random in the run hangs on it.", 0, 2**31 - 1),
     "warmup": Widget("Updates until the learning rate is full.", 0, 10000),
     "cooldown": Widget("Share of the run, at its end, in which the learning rate falls to 0."),

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,60 @@ def reseeded(monkeypatch, seed):
         for p in teacher.parameters():
             p.data = p.data + 0.1 * torch.randn_like(p)
     monkeypatch.setattr(shapes, "load_teacher", lambda: copy.deepcopy(teacher))
+
+
+class Writer:
+    """SummaryWriter, as much of it as is used."""
+
+    def __init__(self, folder):
+        self.folder, self.scalars, self.closed = folder, [], False
+        WRITERS.append(self)
+
+    def add_scalar(self, name, value, step):
+        assert not self.closed
+        self.scalars.append((name, value, step))
+
+    def close(self):
+        self.closed = True
+
+
+WRITERS: list[Writer] = []
+
+
+def with_tensorboard(monkeypatch, found):
+    made = types.ModuleType("torch.utils.tensorboard")
+    made.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", made if found else None)
+    WRITERS.clear()
+
+
+def test_tensorboard_gets_every_loss_and_norm_of_every_step(world, monkeypatch):
+    with_tensorboard(monkeypatch, True)
+    path = write(world, more="critic_updates = 1", steps=2)
+    folder = headless.train_from(path, say=lambda s: None)
+    (writer,) = WRITERS
+    expected = []
+    for record in Run(folder).history():
+        values = record["losses"] | {f"norm/{k}": v for k, v in record["norms"].items()}
+        expected += [(k, v, record["step"]) for k, v in values.items()]
+    assert writer.scalars == expected
+    assert {name for name, _, _ in expected} >= {"student/dmd", "critic/denoise", "norm/student", "norm/critic"}
+    assert (writer.folder, writer.closed) == (str(folder / "tensorboard"), True)
+    write(world, more="critic_updates = 1", steps=3)
+    headless.train_from(path, resume=True, say=lambda s: None)
+    assert {step for _, _, step in WRITERS[1].scalars} == {3}
+
+
+def test_without_tensorboard_and_after_an_error_nothing_is_left_open(world, monkeypatch):
+    with_tensorboard(monkeypatch, False)
+    path = write(world, more="critic_updates = 1", steps=1)
+    assert not (headless.train_from(path, say=lambda s: None) / "tensorboard").exists()
+    with_tensorboard(monkeypatch, True)
+    monkeypatch.setattr(headless, "line", lambda progress: 1 / 0)
+    write(world, more="critic_updates = 1", steps=2)
+    with pytest.raises(ZeroDivisionError):
+        headless.train_from(path, resume=True, say=lambda s: None)
+    assert [w.closed for w in WRITERS] == [True]
 
 
 def test_a_run_does_not_go_on_with_another_model_or_rank(world, monkeypatch):
