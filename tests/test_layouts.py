@@ -105,6 +105,12 @@ def test_the_halves_of_the_last_modulation_change_places(name):
     assert torch.equal(found, given.roll(len(given) // 2, 0))
 
 
+def test_an_upsampler_stands_behind_the_attention_of_its_level():
+    """The independent converters take it from either place; ComfyUI's network has it in one."""
+    assert "output_blocks.1.2.conv.weight" in own(weights("sdxl"), "sdxl")
+    assert "output_blocks.1.1.conv.weight" in own(weights("sd15"), "sd15")
+
+
 def test_a_file_with_a_hole_or_a_stranger_is_refused():
     shapes = {k: tuple(v.shape) for k, v in weights("flux").items()}
     holed = {k: v for k, v in shapes.items() if k != "transformer_blocks.0.attn.to_k.weight"}
