@@ -11,6 +11,7 @@ from ..dmd_core.families import detect
 from ..dmd_core.sliders.settings import SLOW_STEPS
 from .evidence import Graph
 from .few_step import AUTO, plan
+from .sampler import RestartSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +51,21 @@ def way_of(
         if "in few steps" not in str(unknown):
             raise
     else:
-        return Way(model=found.model, sampler=found.sampler, sigmas=found.sigmas, cfg=cfg or found.cfg, why=found.why)
+        sampler = seeing(found.sampler, found.sigmas, found.model.get_model_object("model_sampling").sigma_max)
+        return Way(model=found.model, sampler=sampler, sigmas=found.sigmas, cfg=cfg or found.cfg, why=found.why)
     steps, cfg = steps or SLOW_STEPS, cfg or sum(detect(model.model.diffusion_model).cfg) / 2
     why = f"not recognised as a few-step model: {steps} steps of euler at cfg {cfg:g}"
     return plain(model, steps, cfg, "euler", "simple", denoise, why)
+
+
+def seeing(sampler: RestartSampler, sigmas: Tensor, top: Tensor) -> RestartSampler:
+    """Begins with the prefill under noise, as training states hold pictures: the first guess takes colours from it.
+
+    Not where a model was taught to begin with pure noise below the highest level, as one-step DMD2 is.
+    """
+    if float(sigmas[0]) < 0.9 * float(top):
+        return sampler
+    return RestartSampler(sampler.levels, sampler.gammas, sampler.keep)
 
 
 def plain(model: Any, steps: int, cfg: float, sampler: str, scheduler: str, denoise: float, why: str = "") -> Way:

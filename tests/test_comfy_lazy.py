@@ -761,14 +761,14 @@ else:
                 photo(1, 160, 224), spot(1, 160, 224), model, vae_of(family), *conds, *how
             ).args
 
-    def student(model, **facts):
+    def student(model, layer="double_blocks.0.img_attn.proj", **facts):
         """With a LoRA that says how it was distilled and changes nothing."""
         lora, recipes = (comfy_host.pack_module(f"dmd_core.weights.{n}") for n in ("lora", "recipe"))
         family = comfy_host.pack_module("dmd_core.families").detect(model.model.diffusion_model)
         recipe = recipes.Recipe(family=family.name, objective="dmd2", **facts)
         net = [n for n, _ in model.model.diffusion_model.named_modules() if n]
-        layer = "double_blocks.0.img_attn.proj"
-        state = {f"{layer}.down": torch.ones(1, 128), f"{layer}.up": torch.zeros(128, 1)}
+        rows, columns = model.model.diffusion_model.get_submodule(layer).weight.shape
+        state = {f"{layer}.down": torch.ones(1, columns), f"{layer}.up": torch.zeros(rows, 1)}
         metadata = recipes.header_metadata("student", family, recipe, "lora")
         tensors = lora.lora_tensors(state, family, net)
         return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0, lora_metadata=metadata)[0]
@@ -797,6 +797,24 @@ else:
         ).cfg == pytest.approx(4.5)
         with pytest.raises(ValueError, match="steps is 0, which only the sampler 'automatic' takes"):
             one_node(few, "flux", sampler="euler")
+
+    @pytest.mark.parametrize(("first", "sees"), [(999, True), (399, False)])
+    def test_automatic_lets_the_first_step_of_a_few_step_unet_see_the_prefill(first, sees):
+        """From the top level on as a training state does; a model that begins lower was taught pure noise there."""
+        model = comfy_tiny.patcher("sd15_eps")
+        layer = next(n for n, _ in model.model.diffusion_model.named_modules() if n.endswith("attn1.to_q"))
+        top = float(model.get_model_object("model_sampling").sigma(torch.tensor(float(first))))
+        few = student(model, layer, steps=2, sigmas=(top, top / 2, 0.0), prediction="eps")
+        found, noise = (
+            way.way_of(few, (64, 64), FakeVAE(), 0, 0.0, "automatic", "simple", 1.0, ({}, "")),
+            draw((1, 4, 8, 8), 1),
+        )
+        schedule = comfy_host.pack_module("nodes.comfy_denoiser").schedule_of(few.get_model_object("model_sampling"))
+        starts = [
+            found.sampler.first_state(schedule, found.sigmas[0], noise, v * torch.ones_like(noise)) for v in (1, 2)
+        ]
+        assert ((starts[1] - starts[0]).abs().max() > 0.5) == sees
+        assert found.sigmas[0] == pytest.approx(top, rel=1e-3)
 
     def test_a_sampler_that_is_chosen_is_the_stock_one():
         model = comfy_tiny.patcher("sd3")
