@@ -1,8 +1,8 @@
 """The example graphs executed in a real, headless ComfyUI: shapes graphs as they are, others on tiny models.
 
 Of a graph only its loaders are replaced by stand-ins of the same family, and files by small ones of the same name;
-where it waits for a folder of the user's pictures, it gets one. What trains is cut short: as its plan, where it has
-one, and for two updates, both at 64 pixels.
+where it waits for a folder of the user's pictures, it gets one. Empty latents have a quarter of their side. What trains
+is cut short: as its plan, where it has one, and for two updates, both at 64 pixels.
 """
 
 import copy
@@ -17,8 +17,6 @@ pytestmark = pytest.mark.comfy
 NAMES = graph_files.names()
 SHAPES = [n for n in NAMES if n.startswith("Shapes")]
 SHAPES_S = 120  # of one core
-# minutes each on tiny models too: they draw many pictures of full size, or judge a teacher
-LONG = ("Compare grid", "Slider grid", "Distill your checkpoint (SDXL)", "Distill Flux or Z-Image")
 # of a model file's name -> family of comfy_tiny
 FAMILIES = {
     "sd_xl": "sdxl",
@@ -47,7 +45,7 @@ def family_of(api):
 
 
 def with_standins(api):
-    """The graph with its loaders replaced, and nothing else."""
+    """The graph with its loaders replaced and small latents, and nothing else."""
     if not any(n["class_type"] in STANDINS for n in api.values()):
         return api
     family, found = family_of(api), copy.deepcopy(api)
@@ -58,6 +56,8 @@ def with_standins(api):
             node["inputs"] = {"family": family, "file": file}
         if node["class_type"] == "DMD_EncodePrompts" and not node["inputs"]["prompts"]:
             node["inputs"].update(folder=PICTURES, size=64)
+        if node["class_type"].startswith("Empty"):
+            node["inputs"].update({k: v // 64 * 16 for k, v in node["inputs"].items() if k in ("width", "height")})
     return found
 
 
@@ -92,15 +92,16 @@ if not comfy_host.in_comfy():
 
     @pytest.mark.skipif(comfy_host.missing() is not None, reason=str(comfy_host.missing()))
     def test_the_graphs_in_a_headless_comfyui():
-        comfy_host.run_tests_in_comfy(Path(__file__), "-m", "comfy and not slow", timeout_s=3000)
-
-    @pytest.mark.slow
-    @pytest.mark.skipif(comfy_host.missing() is not None, reason=str(comfy_host.missing()))
-    def test_the_long_graphs_in_a_headless_comfyui():
-        comfy_host.run_tests_in_comfy(Path(__file__), "-m", "comfy and slow", timeout_s=3000)
+        comfy_host.run_tests_in_comfy(Path(__file__), timeout_s=3000)
 
 else:
+    import torch
     from comfy_server import serving
+    from safetensors.torch import load_file
+
+    from dmd_core import demo, shapes
+    from dmd_core.adapters import Adapted, AdapterBank
+    from dmd_core.runs import Run
 
     @pytest.fixture(scope="module")
     def server(tmp_path_factory):
@@ -119,11 +120,30 @@ else:
             with Image.open(server.picture(shown)) as picture:
                 assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 30, "nothing to see"
 
+    def right(world, bank, prompts):
+        """Share of prompts that the student draws right, as the recogniser reads its pictures."""
+        student = Adapted(world.teacher, bank, {"student": 1.0})
+        latents = demo.generate(world, student, demo.levels(4), world.encode(prompts), 7, fresh=True)
+        return shapes.captions.accuracy(prompts, demo.read(world, world.pictures(latents)))
+
+    def test_the_shapes_distillation_leaves_a_better_student(server):
+        """After the graph above: 80 updates of seeds 0 to 2 took 87 % to 94 to 95 %."""
+        folder = Run(server.base / "output" / "dmd" / "shapes student")
+        if not folder.snapshots():
+            server.execute(graph_files.read_api("Shapes - distill to 4 steps"))
+        world, prompts = demo.World.load(torch.device("cpu")), demo.captions(256, 101)
+        bank = AdapterBank(world.net, demo.FAMILY.targets())
+        bank.new("student", 16, torch.Generator().manual_seed(0))  # changes nothing yet
+        before = right(world, bank, prompts)
+        state = load_file(folder.snapshots()[-1] / "student.safetensors")
+        bank.load("student", state)
+        assert right(world, bank, prompts) > before + 0.04
+        bank.load("student", {k: -v if k.endswith("up") else v for k, v in state.items()})
+        assert right(world, bank, prompts) < before, "the control: the other way"
+
     REAL = {n: graph_files.read_api(n) for n in NAMES if n not in SHAPES}
 
-    MARKS = {n: [pytest.mark.slow] if n in LONG else [] for n in REAL}
-
-    @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS[n]) for n, api in REAL.items() if has_plan(api)])
+    @pytest.mark.parametrize("name", [n for n, api in REAL.items() if has_plan(api)])
     def test_a_graph_for_real_models_runs_on_tiny_ones(server, name):
         api = with_standins(REAL[name])
         for node in training(api):
@@ -160,6 +180,16 @@ else:
         with Image.open(server.picture(shown)) as picture:
             assert picture.size == (768, 512)
             assert picture.convert("RGB").getpixel((10, 10)) == (90, 120, 150), "the picture itself has changed"
+
+    def test_inpainting_knows_its_student_by_the_file_in_the_graph(server):
+        api = with_standins(graph_files.read_api("SDXL DMD2 inpaint in 4 steps"))
+        (text,) = server.execute(api)["8"]["text"]
+        assert "DMD2" in text
+        assert "sigmas" in text
+        (inpaint,) = (n["inputs"] for n in api.values() if n["class_type"] == "DMD_Inpaint")
+        (lora,) = (k for k, n in api.items() if n["class_type"] == "LoraLoaderModelOnly")
+        inpaint["model"] = api[lora]["inputs"]["model"]  # the control: past the LoRA
+        assert "not recognised as a few-step model: 20 steps" in server.execute(api)["8"]["text"][0]
 
     def test_the_log_holds_no_complaint_of_ours(server):
         """The start and every graph above."""
