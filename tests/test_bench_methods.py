@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd_core import demo
+from dmd_core import demo, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "methods.cpu.json"
+SHORT = ROOT / "tests" / "golden" / "short_row.json"
 PROMISED = {
     *((name, 1) for name in ("DMD", "Diffusion2GAN", "reflow")),
     *((name, steps) for name in ("DMD2", "DMD2 + GAN", "LADD") for steps in (1, 2, 4)),
@@ -101,6 +102,29 @@ def test_a_row_of_the_table_comes_out_again(methods):
     assert found["accuracy"] == pytest.approx(kept["accuracy"], abs=0.005)
     assert found["coverage"] == kept["coverage"]
     assert not any(r["frechet"] == pytest.approx(kept["frechet"], rel=0.01) for r in runs if r["row"] != row.key)
+
+
+def short(methods, steps, tmp_path, monkeypatch):
+    """The table's one-step DMD2 for 12 updates (0: the teacher), judged on 256 pictures against 1024 renders."""
+    monkeypatch.setattr(methods, "CACHE", tmp_path)
+    world = demo.World.load(torch.device("cpu"))
+    scene = shapes.world.sample(1024, torch.Generator().manual_seed(987_654))
+    with torch.no_grad():
+        features = [world.recogniser.features(shapes.world.render(scene.take(i))) for i in demo.split(1024)]
+    monkeypatch.setitem(methods.REFERENCES, False, torch.cat(features))
+    taught = methods.taught("DMD2", "dmd2", 1, steps, **methods.ONE)
+    return methods.measured(world, taught if steps else methods.Row(name="teacher", steps=1), 0, judged=256)
+
+
+def test_a_short_training_comes_out_again(methods, monkeypatch, tmp_path):
+    """Made by the same: `short(methods, 12, ...)` written to the file."""
+    kept = json.loads(SHORT.read_text(encoding="utf-8"))
+    found, teacher = (short(methods, n, tmp_path, monkeypatch) for n in (12, 0))
+    assert found["settings"] == kept["settings"], "the row has changed: measure it again"
+    assert found["frechet"] == pytest.approx(kept["frechet"], rel=0.1)  # other processors round differently
+    assert found["accuracy"] == pytest.approx(kept["accuracy"], abs=0.05)
+    assert found["spread"] == pytest.approx(kept["spread"], abs=0.1)
+    assert teacher["frechet"] > 1.5 * kept["frechet"]  # control: untrained, it is another row
 
 
 @pytest.mark.slow
