@@ -15,6 +15,7 @@ from pathlib import Path, PureWindowsPath
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dmd_core import runs
@@ -612,6 +613,28 @@ def test_a_preview_is_handed_on_and_kept(tmp_path):
     made = go(Tug(), run, replace(OFTEN, preview_every=5), preview=lambda: Image.new("RGB", (4, 4)))
     assert [p.step for p in made if p.preview is not None] == [5, 10]
     assert (run.path / "previews" / "latest.png").exists()
+
+
+def test_a_preview_shows_the_average_that_will_be_kept_and_leaves_training_alone(tmp_path):
+    from PIL import Image
+
+    def trained(name, **options):
+        tug, seen = Tug(), []
+        weight = tug.nets["student"].weight
+
+        def look():
+            seen.append(weight.detach().clone())
+            return Image.new("RGB", (4, 4))
+
+        settings = replace(OFTEN, snapshot_every=10, **options)
+        go(tug, Run(tmp_path / name), settings, preview=look)
+        return weight.detach().clone(), seen
+
+    live, seen = trained("r", preview_every=5)
+    kept = load_file(Run(tmp_path / "r").snapshots()[0] / "student.safetensors")["weight"]  # of step 10 too
+    assert torch.equal(seen[-1], kept)
+    assert not torch.equal(seen[-1], live)  # control: they differ
+    assert torch.equal(live, trained("without", preview_every=0)[0])
 
 
 def test_the_lock_holds_between_processes(tmp_path):
