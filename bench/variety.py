@@ -142,10 +142,11 @@ def verdict(rows: list[dict[str, Any]], chosen: tuple[str, float] = DEFAULT) -> 
     """Is the node's default nearer to the teacher's variety than the student alone, with as many prompts right?"""
     found = {(r["what"], r["strength"]): (r["distance over the teacher's"], r["prompts right"]) for r in rows}
     (alone, right), (with_it, still_right) = found["student", ""], found[chosen]
-    holds = abs(1 - with_it) < 0.5 * abs(1 - alone) and still_right >= right - 0.005
+    back = (abs(1 - alone) - abs(1 - with_it)) / abs(1 - alone)
     how, strength = chosen
     return (
-        f"asked: the default of Seed Variety ({how}, {strength:g}) at least halves what the student lacks of the "
-        f"teacher's distance ({alone:.3f} to {with_it:.3f}), with as many prompts right ({right:.3f} to "
-        f"{still_right:.3f}, 0.005 less is as many): {'holds' if holds else '**does not hold**'}."
+        f"asked: the default of Seed Variety ({how}, {strength:g}) brings the student's distance nearer to the "
+        f"teacher's ({alone:.3f} to {with_it:.3f}, {back:.0%} of what it lacks; see the ranges) with as many prompts "
+        f"right ({right:.3f} to {still_right:.3f}, 0.005 less is as many): "
+        f"{'holds' if back > 0 and still_right >= right - 0.005 else '**does not hold**'}."
     )
