@@ -210,8 +210,10 @@ def kept_free(teacher: NativeTeacher, file: RunFile, run: Run) -> float:
 
 def costs(file: RunFile) -> str:
     """What the memory of a run depends on."""
+    options = file.method.options
+    judged = bool(options.get("gan_weight")), options.get("gan_features")  # left out: as the method always has it
     named = file.method.name, file.method.features, file.data.batch, file.train.precision, file.train.optimizer
-    return config_hash(file.model, file.lora, named)
+    return config_hash(file.model, file.lora, named, judged)
 
 
 def patches_of(model: Any) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import threading
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -176,6 +178,30 @@ else:
         Distill.execute(**given | {"run_name": "other", "seed": 1})
         assert not same(weights("other"), weights("whole"))
 
+    def test_cancelling_takes_under_a_second_also_inside_of_a_long_update():
+        given = inputs("flux", updates=3, accumulate=24, preview_every=0, checkpointing=False)
+        run, pressed = runs.Run(runs.locate(distill.root(), "run")), []
+
+        def press():
+            """The Cancel button, a moment after the first update."""
+            while not run.history():
+                time.sleep(0.02)
+            time.sleep(0.3)
+            pressed.append(time.monotonic())
+            mm.interrupt_current_processing(True)
+
+        thread = threading.Thread(target=press)
+        thread.start()
+        with pytest.raises(mm.InterruptProcessingException):
+            Distill.execute(**given)
+        took = time.monotonic() - pressed[0]
+        thread.join()
+        (first,) = run.history()
+        assert took < 1
+        assert first["seconds"] > 1.3 + took, "the update was over before it was cancelled"  # control
+        assert runs.step_of(run.states()[0]) == 1
+        assert mm.in_training is False
+
     def with_lora(model, strength=1.0, seed=0):
         """The MODEL as Load LoRA gives it."""
         found, rng = model.clone(), torch.Generator().manual_seed(seed)
@@ -273,6 +299,10 @@ else:
         assert first(run_name="measured") == small
         assert 12345 <= first(run_name="measured") <= loaded + 12345
         assert first(run_name="measured", batch=4) == pytest.approx(2 * small)  # not measured yet
+        assert first(run_name="judged") == small
+        slower = method(student_lr=1e-3)  # control: the same memory
+        assert 12345 <= first(run_name="judged", method=slower) <= loaded + 12345
+        assert first(run_name="judged", method=method(gan_weight=0.01)) == small, "the GAN's heads were not measured"
 
     def test_the_exported_run_file_says_the_same(place):
         given = inputs("flux", mode="export run file", rank=7)
