@@ -77,8 +77,8 @@ class Latents:
         bad = [i for i, latent in enumerate(latents) if not torch.isfinite(latent).all()]
         if bad:
             raise ValueError(
-                f"latents {bad[:5]} of {len(latents)} hold NaN or infinite values; encode these pictures again, in fp32 "
-                "if the VAE overflows in fp16, or leave them out"
+                f"latents {bad[:5]} of {len(latents)} hold NaN or infinite values; encode these pictures again (in "
+                "fp32 if the VAE overflows in fp16) or leave them out"
             )
         self.pool, self.latents, self.batch, self.seed, self.device = pool, latents, batch, seed, device
         self.buckets: dict[tuple[int, ...], list[int]] = {}
