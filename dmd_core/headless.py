@@ -138,8 +138,10 @@ class Job:
 
     def refuse_other(self) -> None:
         """Another model of the same family would go on from these states, and be judged by the old one's pictures."""
-        before, now = self.run.settings().get("begun_with"), self.fixed()
-        changes = [named_change(k, before[k], v) for k, v in now.items() if before and before.get(k, v) != v]
+        before = self.run.settings().get("begun_with")
+        if not isinstance(before, dict):  # begun before this was noted
+            return
+        changes = [named_change(k, before[k], v) for k, v in self.fixed().items() if before.get(k, v) != v]
         if changes := [c for c in changes if c]:
             raise ValueError(
                 f"the run {self.run.name!r} was begun with another {', another '.join(changes)}; go on with the same, "
