@@ -1,5 +1,6 @@
 """The graph of stock nodes beside a saved student: what it says, when there is none, and that ComfyUI runs it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,11 @@ if not comfy_host.in_comfy():
     def test_stock_graphs_inside_comfyui():
         comfy_host.run_tests_in_comfy(Path(__file__), "-m", "comfy")
 
+    @pytest.mark.browser
+    @needs_host
+    def test_stock_graphs_in_chromium():
+        comfy_host.run_tests_in_comfy(Path(__file__), "-m", "browser")
+
 else:
     comfy_host.start_comfy()
 
@@ -119,6 +125,14 @@ else:
         with serving(base) as found:
             yield found
 
+    @pytest.fixture(scope="module")
+    def browser(server):
+        pytest.importorskip("playwright", reason="not run: ComfyUI's Python has no playwright")
+        from graph_browser import browsing
+
+        with browsing(server) as found:
+            yield found
+
     BASES = {
         "sdxl": "sd_xl_base_1.0.safetensors",
         "sd3": "sd3.5_large_fp8_scaled.safetensors",
@@ -133,3 +147,16 @@ else:
         graph["5"]["inputs"].update(width=64, height=64)
         outputs = server.execute(with_standins(graph))
         assert outputs["8"]["images"]
+
+    DROPPED = """async (text) => {
+        await app.handleFile(new File([text], 'student.json', {type: 'application/json'}));
+    }"""
+
+    @pytest.mark.browser
+    @pytest.mark.parametrize("name", BASES)
+    def test_dropped_onto_comfyui_it_opens_and_means_the_same(browser, name):
+        graph = stock_graph(recipe(name), by_name(name), BASES[name], LORA)
+        browser.page.evaluate(DROPPED, json.dumps(graph))
+        browser.page.wait_for_timeout(500)
+        assert browser.strangers() == []
+        assert graph_files.plain(browser.prompt()) == graph_files.plain(graph)
