@@ -2,7 +2,7 @@
 
 Of a graph only its loaders are replaced by stand-ins of the same family, and files by small ones of the same name;
 where it waits for a folder of the user's pictures, it gets one. Empty latents have a quarter of their side. What trains
-is cut short: as its plan, where it has one, and for two updates, both at 64 pixels.
+is cut short: as its plan, of two batches an update, where it has one, and for two updates, both at 64 pixels.
 """
 
 import copy
@@ -147,7 +147,7 @@ else:
     def test_a_graph_for_real_models_runs_on_tiny_ones(server, name):
         api = with_standins(REAL[name])
         for node in training(api):
-            node["inputs"]["size"] = 64
+            node["inputs"].update(size=64, accumulate=2)
         outputs = server.execute(api)
         for key in graph_files.read_layout(name).outputs:
             # a plan gives words; what shows pictures of a student waits for one
