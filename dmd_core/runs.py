@@ -58,9 +58,10 @@ def locate(root: str | os.PathLike[str], name: str) -> Path:
     root, path = Path(root), Path(root) / check_name(name)
     if path.is_symlink() or path.resolve().parent != root.resolve():
         raise ValueError(f"run {name!r} is a link that leads out of {root}; give the name of a folder inside it")
-    for inside in path.rglob("*"):  # does not walk into links
-        if inside.is_symlink():
-            raise ValueError(f"{inside} is a link; a run keeps its files inside its own folder, replace the link")
+    for folder, folders, files in os.walk(path):  # does not walk into links, nor minds what goes away meanwhile
+        for inside in (os.path.join(folder, name) for name in (*folders, *files)):
+            if os.path.islink(inside):
+                raise ValueError(f"{inside} is a link; a run keeps its files inside its own folder, replace the link")
     return path
 
 

@@ -157,12 +157,14 @@ def labelled(cards: Sequence[SliderCard], ends: Mapping[str, Tensor], given: Map
 
 def relabel(run: Run, given: Mapping[str, Any]) -> list[str]:
     """A finished run takes other names without being trained or measured again."""
+    if given["name_clip"] is None:
+        return []
     found = read_sliders(run)
     before = [f.card for f in found]
     seen = read(run.path / SEEN, SEEN)
-    if given["name_clip"] is not None and seen is None:
-        return ["what the ends look like was not kept by this run, so they are not named; set resume to new"]
-    cards = labelled(before, seen or {}, given)
+    if seen is None:
+        return ["what the ends look like was not kept by this run, so their names stay; set resume to new"]
+    cards = labelled(before, seen, given)
     if cards != before:
         with run.locked():
             steps = int(before[0].training["steps"])

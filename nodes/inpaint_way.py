@@ -40,8 +40,10 @@ def way_of(
 ) -> Way:
     """size: rows, columns of the picture; at: the graph and this node. 0 steps and cfg 0 are left to `automatic`."""
     if sampler_name != AUTO:
-        if steps < 1:
-            raise ValueError(f"steps is 0, which only the sampler {AUTO!r} takes; give 1 or more, or choose that")
+        if steps < 1 or cfg <= 0:
+            raise ValueError(
+                f"steps is {steps} and cfg {cfg:g}; 0 is only for the sampler {AUTO!r}: give both, or choose that"
+            )
         return plain(model, steps, cfg, sampler_name, scheduler, denoise)
     ratio = vae.spacial_compression_encode()
     latent = {"samples": torch.empty(1, 1, *(s // ratio for s in size)), "downscale_ratio_spacial": ratio}

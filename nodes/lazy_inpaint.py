@@ -270,6 +270,7 @@ class Lazy:
         run.bank, session.pending = session.bank, None
         if run.bank is not None:
             run.bank.draft = None
+            run.bank.neighbours = self.beside  # which reports to this run what it drops
         hole = token_cells(run.tokens.hole, run)
         changed = changed_tokens(session.canvas, canvas, run.patch) & ~run.tokens.hole
         if changed.float().mean() > 0.5:

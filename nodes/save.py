@@ -65,7 +65,7 @@ def save_graph(student: Student, path: Path, merged: bool) -> str:
             whole = None if kind is None else kind == "checkpoints"
             graph = stock_graph(r, student.family, base, below(path, ("loras",)), whole)
     except ValueError as why:
-        return f"- No graph of stock nodes: {why}."
+        return f"- Without ComfyUI-DMD: {why}."
     path.with_suffix(".json").write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return f"- Without ComfyUI-DMD: open {path.with_suffix('.json').name} in ComfyUI, a graph of stock nodes."
 

@@ -245,9 +245,10 @@ def watched(bench: Bench) -> Callable[[Mapping[str, float], Sequence[int]], Tens
 
 def check_same(run: Run, settings: Mapping[str, Any]) -> None:
     """A run goes on with what it was begun with; more steps are no other settings."""
-    before, now = run.settings().get("slider"), json.loads(json.dumps(settings))
-    if before is not None and before != now:
-        other = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    before, now = run.settings().get("slider") or {}, json.loads(json.dumps(settings))
+    # what a run of an older version did not note cannot be compared
+    other = sorted(k for k in before if k in now and before[k] != now[k])
+    if other:
         raise ValueError(
             f"the run {run.name!r} was begun with another {', '.join(other)}; go on with the same, choose another run "
             "name, or set resume to new"

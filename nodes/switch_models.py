@@ -242,6 +242,11 @@ class SwitchModels(io.ComfyNode):
         else:
             sampler, why = RestartSampler(sigmas[:-1].tolist(), [0.0] * (len(sigmas) - 1)), "Noise levels as wired."
         above = steps_above(sigmas, first_until) if first_until else 1
+        if first_until and above >= len(sigmas) - 1:
+            raise ValueError(
+                f"first_until is {first_until:g}, the last step begins at {float(sigmas[-2]):g}: nothing is left for "
+                "the last model; give a higher noise level, or 0"
+            )
         if first_until and (not extra or not above):
             first_steps = above
         if extra and first_steps:

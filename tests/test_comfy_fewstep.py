@@ -556,7 +556,7 @@ else:
         plain = custom(name, FewStep.execute(last, 0, 1.0, profile), latent(name))
         above, _ = switched(name, first, last, first_steps=2, first_until=levels[0] * 1.5, **options)
         assert torch.equal(above, plain), "no level is that noisy: the first model has no step"
-        with pytest.raises(ValueError, match="leave at least one"):
+        with pytest.raises(ValueError, match="nothing is left for the last model"):
             switched(name, first, last, first_until=levels[3] / 2, **options)
 
     @torch.inference_mode()

@@ -77,7 +77,7 @@ def stock_graph(recipe: Recipe, family: Family, base: str, lora: str = "", whole
     Without a LoRA the base is the student itself.
     """
     if why := obstacle(recipe, family):
-        raise ValueError(f"stock nodes cannot sample this student: {why}; use Few-Step Sampler")
+        raise ValueError(f"stock nodes cannot sample this student: {why}")
     whole = family.name in CHECKPOINTS if whole is None else whole
     found = loaders(family, base, whole)
     model, clip, vae = ["1", 0], ["1", 1] if whole else ["10", 0], ["1", 2] if whole else ["11", 0]
