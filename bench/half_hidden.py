@@ -52,6 +52,11 @@ def framed(scene: Any) -> torch.Tensor:
     return picture
 
 
+def prefilled(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The hole filled from around it: an autoencoder would carry what was there into the known cells beside it."""
+    return 2 * inpaint.prefill(picture / 2 + 0.5, mask) - 1
+
+
 def right(world: Any, group: Group, result: torch.Tensor) -> torch.Tensor:
     """Which objects are whole again. [b] bool"""
     seen = demo.read(world, result[..., EDGE : EDGE + 64, EDGE : EDGE + 64])

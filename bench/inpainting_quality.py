@@ -24,6 +24,8 @@ def on_cpu(pictures: int = 16, seeds: int = 3) -> Table:
             "The teacher was trained on 64 x 64. A scene that fills a canvas of 128 it does not know (pictures fall "
             "apart there), so the scene stands in the middle as it was trained, with its background around it.",
             "refresh computes its first three steps whole, so up to three steps it is dense.",
+            "The picture is encoded whole, so known cells beside the hole carry a trace of what it hides. Where the "
+            "hole is filled from around it before that, as in LazyDiffusion's table, dense gets less right.",
             "Outside the hole every column shows the given picture.",
             "tight crop is the hole's box in whole tokens, so a strip of at most a token beside the hole is in it.",
         ],

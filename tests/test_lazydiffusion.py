@@ -1,6 +1,7 @@
 """LazyDiffusion, small: what is computed, what is seen, what learns. On the embedded teacher."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -250,3 +251,30 @@ def test_the_scenes_are_those_of_the_other_table_and_the_truth_is_judged_right(b
     assert rows(bench.cells(group.mask)).shape == (4, 6)
     assert bench.judged(place, [group], lambda g: place.pictures(true)) == 1
     assert bench.judged(place, [group], lambda g: g.picture.flip(-1)) < 0.5  # control
+
+
+def test_filled_before_encoding_nothing_tells_what_was_there(bench):
+    """Encoded with its object, a picture's known cells differ from those of one without; prefilled they do not."""
+    place = bench.demo.World.load(torch.device("cpu"))
+    (group, *_) = bench.half_hidden.groups(4, 0)
+    hole = group.mask[:, None] > 0
+    other = torch.where(hole, -group.picture, group.picture)
+    known = (bench.cells(group.mask)[:, None] == 0).expand(-1, 16, -1, -1)
+
+    def difference(prepare) -> float:
+        a, b = (place.autoencoder.encode(prepare(p)) for p in (group.picture, other))
+        return (a - b)[known].abs().max().item()
+
+    with torch.no_grad():
+        assert difference(lambda p: bench.half_hidden.prefilled(p, group.mask)) == 0
+        assert difference(lambda p: p) > 0.1  # control
+    batch = next(bench.prefilled(place, 1, 4, 0))
+    assert [tuple(v.shape) for v in batch[:2]] == [(4, 16, 16, 16), (4, 16, 16)]
+
+
+def test_the_table_says_that_the_control_fails(bench):
+    found = json.loads((sys.modules["bench.record"].RESULTS / "lazydiffusion.cpu.json").read_text(encoding="utf-8"))
+    for row in found["rows"]:
+        assert row["blank canvas"] <= row["no context"] + bench.NOISE
+        assert row["LazyDiffusion"] >= row["untrained"] + bench.NOISE
+    assert found["settings"]["updates"] == bench.TRAIN["updates"]
