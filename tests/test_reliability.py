@@ -211,6 +211,7 @@ def go(made, run: Run, steps: int = 12, settings=OFTEN, pause: float = 0.0, **mo
 def test_no_method_is_left_out():
     folder = Path(objectives.__file__).parent
     methods = {p.stem for p in folder.glob("*.py")} - {"__init__", "generation", "sliding"}  # what several share
+    methods -= {"hole_flow"}  # of a benchmark alone: no node and no run file; resumed in test_lazydiffusion
     tried = {type(make()[0]).__module__.rpartition(".")[2] for make in MAKERS}
     assert methods == tried
 
