@@ -144,7 +144,7 @@ else:
     @pytest.mark.parametrize("name", BASES)
     def test_it_is_queued_and_draws(server, name):
         graph = stock_graph(recipe(name), by_name(name), BASES[name], LORA)
-        graph["5"]["inputs"].update(width=64, height=64)
+        graph["5"]["inputs"].update(width=256, height=256)  # with_standins takes a quarter
         outputs = server.execute(with_standins(graph))
         assert outputs["8"]["images"]
 
