@@ -164,7 +164,10 @@ class Session:
             self.run.describe({**settings, "config_hash": self.state.config_hash})
             self.history = self.run.cut(self.state.step)
             if resumed:
-                self.say(f"run {self.run.name!r} goes on at step {self.state.step} of {self.config.steps}")
+                where = f"{self.state.step} of {self.config.steps}"
+                done = self.state.step >= self.config.steps
+                more = f"has all its steps, {where}: nothing was trained; give it more, or set resume to new"
+                self.say(f"run {self.run.name!r} {more if done else f'goes on at step {where}'}")
         chosen = self.processes.share(self.state.step)
         if not self.first and chosen:
             self.run.load(self.run.path / "states" / f"state_{chosen:08d}.safetensors", self.state)

@@ -233,6 +233,16 @@ class TestFolder:
         go(whole, run, say=said.append)
         assert said == ["run 'r' goes on at step 9 of 12"]
 
+    def test_a_run_with_all_its_steps_says_that_nothing_was_trained(self, tmp_path):
+        run, said = Run(tmp_path / "r"), []
+        go(Tug(), run)
+        before = run.history()
+        assert go(Tug(), run, say=said.append) == []
+        assert said[0] == (
+            "run 'r' has all its steps, 12 of 12: nothing was trained; give it more, or set resume to new"
+        )
+        assert run.history() == before
+
     def test_curves_of_a_resumed_run_have_each_step_once(self, tmp_path):
         run = Run(tmp_path / "r")
         go(Tug(), run, until=8)
