@@ -23,7 +23,8 @@ from .evidence import graph_of
 from .few_step import AUTO
 from .inpaint_way import way_of
 from .lazy_blocks import NotLazy, patch_of, sites_of
-from .lazy_inpaint import MODES, Lazy, LazyConfig, Session, Sessions, memory, predicted
+from .lazy_inpaint import MODES, Lazy, LazyConfig, memory, predicted
+from .lazy_session import Session, Sessions
 from .sampler import guider_of, sample_latent
 
 DEFAULTS = LazyConfig()

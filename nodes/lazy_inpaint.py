@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..dmd_core.inpaint import Bank, BankFull, Tokens, box_of, dense_steps, run_cost, select, step_cost, token_mask
 from .lazy_blocks import OVERRIDE, NotLazy, Pass, Site, at_rows, patch_of, sites_of
+from .lazy_session import Session, Sessions
 
 KEY = "dmd_lazy"
 Mode = Literal["auto", "refresh", "session", "trained", "dense"]
@@ -48,94 +49,6 @@ class LazyConfig:
         if self.mode not in MODES:
             raise ValueError(f"lazy mode {self.mode!r} is not known; choose one of {', '.join(MODES)}")
         dense_steps(1, self.warm, self.every)  # refuses what makes no sense
-
-
-@dataclass
-class Session:
-    """A canvas and the bank of its context, kept between runs."""
-
-    bank: Bank | None = None
-    canvas: Tensor | None = None  # latent [b c t h w], model space
-    signature: Any = None  # model, patches, shape: another one starts anew
-    pending: tuple[Tensor, Tensor] | None = None  # hole [t h w] of the last edit, its latent
-    past: list[Tensor] = field(default_factory=list)  # canvases before the accepted edits
-    accepted: int = 0
-    prompts: dict[Hashable, Hashable] = field(default_factory=dict)  # branch -> the text that its context was read with
-
-    def accept(self) -> str:
-        if self.bank is None or self.pending is None or self.canvas is None or not self.bank.accept():
-            return "nothing to accept: run an edit first"
-        hole, latent = self.pending
-        self.past = [*self.past, self.canvas][-self.bank.depth :]
-        self.canvas = torch.where(hole, latent, self.canvas)
-        self.pending = None
-        self.accepted += 1
-        return "the last edit is now part of the canvas"
-
-    def undo(self) -> str:
-        if self.bank is None or not self.past or not self.bank.undo():
-            return "nothing to undo: no edit was accepted"
-        self.canvas = self.past.pop()
-        self.pending = None
-        self.accepted -= 1
-        return "the canvas is as it was before the last accepted edit"
-
-    def keep(self, accepted: int) -> str:
-        """Accepts or undoes until so many edits are part of the canvas; asked twice, it does nothing more."""
-        if self.bank is None:
-            self.accepted = accepted  # after a restart the canvas that is given already holds them
-        said = ""
-        while self.accepted != accepted:
-            before = self.accepted
-            said = self.accept() if accepted > before else self.undo()
-            if self.accepted == before:
-                self.accepted = accepted
-        return said
-
-    def reset(self) -> str:
-        self.bank = self.canvas = self.signature = self.pending = None
-        self.past, self.prompts = [], {}
-        return "the session is empty"
-
-
-class Sessions(dict[str, Session]):
-    """By name, the one used last at the end. Their banks share one limit: the first ones are dropped for the last."""
-
-    def take(self, name: str) -> Session:
-        return self.setdefault(name, Session())
-
-    def beside(self, session: Session) -> "Beside":
-        return Beside(self, session)
-
-
-@dataclass
-class Beside:
-    """The sessions next to one, as its bank sees them."""
-
-    all: Sessions
-    own: Session
-    dropped: list[str] = field(default_factory=list)
-
-    def use(self) -> None:
-        """Now it is the one used last."""
-        self.dropped = []
-        for name in [n for n, s in self.all.items() if s is self.own]:
-            self.all[name] = self.all.pop(name)
-
-    def banks(self) -> dict[str, Bank]:
-        return {n: s.bank for n, s in self.all.items() if s is not self.own and s.bank is not None}
-
-    def used(self) -> tuple[int, int]:
-        found = [bank.taken for bank in self.banks().values()]
-        return sum(f for f, _ in found), sum(s for _, s in found)
-
-    def drop(self) -> bool:
-        name = next(iter(self.banks()), None)
-        if name is None:
-            return False
-        self.all[name].reset()
-        self.dropped.append(name)
-        return True
 
 
 @dataclass

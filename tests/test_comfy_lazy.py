@@ -31,6 +31,7 @@ else:
     import comfy_tiny
 
     lazy = comfy_host.pack_module("nodes.lazy_inpaint")
+    sessions = comfy_host.pack_module("nodes.lazy_session")
 
     def sd35_medium():
         """With a second attention over the image alone in the first block."""
@@ -490,7 +491,7 @@ else:
         assert "may take 2e-05 GiB" in patch.text
 
     def test_sessions_share_one_limit_and_the_one_used_longest_ago_makes_room():
-        model, shelf, latent, mask = comfy_tiny.patcher("sd3"), lazy.Sessions(), draw(shape_of("sd3"), 5), None
+        model, shelf, latent, mask = comfy_tiny.patcher("sd3"), sessions.Sessions(), draw(shape_of("sd3"), 5), None
         mask = hole(latent.shape)
 
         def edit(name, gib=1.0, seed=5):
@@ -714,7 +715,7 @@ else:
         model = comfy_tiny.patcher("sd3")
         shape = shape_of("sd3")
         canvas, mask = draw(shape, 5), hole(shape)
-        kept = nodes.SESSIONS["count"] = lazy.Session()
+        kept = nodes.SESSIONS["count"] = sessions.Session()
         patch = lazy.Lazy(lazy.LazyConfig(mode="session", multiple=1), kept)
         clone = patch.patch(model)
         nodes.LazyInpaint.execute(model, "session", 1, 3, 5, "count", 7, False, 1.0, 1.0)
