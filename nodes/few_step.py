@@ -27,6 +27,10 @@ LOGGED: set[str] = set()
 log = logging.getLogger(__name__)
 
 
+class Unrecognised(ValueError):
+    """It is not known how a model is sampled in few steps; who can sample it slowly goes on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How a MODEL is sampled, and the words for it."""
@@ -93,7 +97,7 @@ def chosen(profile: str, match: Match) -> Match:
         return replace(match, profile=by_hand, sure="certain", reason=f"chosen by hand{doubt}")
     if match.profile is None:
         might = f" ({', '.join(p.id for p in match.candidates[:6])})" if match.candidates else ""
-        raise ValueError(
+        raise Unrecognised(
             f"it is not known how this model is sampled in few steps: {match.reason}. Choose a profile by hand{might}; "
             "a model that was never distilled belongs into a KSampler with 20 steps or more"
         )

@@ -19,7 +19,7 @@ from torch.nn import functional
 from ..dmd_core.metrics import pairwise_distance
 from ..dmd_core.sheet import sheet
 from .evidence import graph_of
-from .few_step import plan
+from .few_step import Unrecognised, plan
 from .sampler import guider_of, sample_latent
 from .slider_files import NONE, Slider, SliderSet, choices, fitting, slider_of
 
@@ -88,8 +88,8 @@ def settings(model: Any, latent: dict[str, Any], steps: int, cfg: float, graph: 
     try:
         found = plan(model, latent, steps=steps, graph=graph, node=node, name=name)
         return found.model, found.sampler, found.sigmas, found.cfg, found.profile.title
-    except ValueError as unknown:
-        if not steps or "in few steps" not in str(unknown):
+    except Unrecognised:
+        if not steps:
             raise
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dmd_core.families import detect
 from ..dmd_core.sliders.settings import SLOW_STEPS
 from .evidence import Graph
-from .few_step import AUTO, plan
+from .few_step import AUTO, Unrecognised, plan
 from .sampler import RestartSampler
 
 
@@ -49,9 +49,8 @@ def way_of(
     latent = {"samples": torch.empty(1, 1, *(s // ratio for s in size)), "downscale_ratio_spacial": ratio}
     try:
         found = plan(model, latent, steps=steps, denoise=denoise, graph=at[0], node=at[1])
-    except ValueError as unknown:
-        if "in few steps" not in str(unknown):
-            raise
+    except Unrecognised:
+        pass
     else:
         sampler = seeing(found.sampler, found.sigmas, found.model.get_model_object("model_sampling").sigma_max)
         return Way(model=found.model, sampler=sampler, sigmas=found.sigmas, cfg=cfg or found.cfg, why=found.why)

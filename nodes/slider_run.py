@@ -34,7 +34,7 @@ from . import live
 from .comfy_source import NativeTeacher, file_of, pictures, pool_of, usual_size
 from .distill import with_precision
 from .encode_prompts import encoded
-from .few_step import plan
+from .few_step import Unrecognised, plan
 from .slider_eyes import Eyes, clip_eyes, own_eyes
 from .slider_files import Slider, identity
 from .students import curves_of, loss_map
@@ -73,9 +73,8 @@ def how(model: Any, shape: Sequence[int], settings: SliderSettings, family: Fami
     steps, latent = settings.sample_steps, {"samples": torch.zeros(1, *shape)}
     try:
         found = plan(model, latent, steps=steps, graph=graph, node=node)
-    except ValueError as unknown:
-        if "in few steps" not in str(unknown):
-            raise
+    except Unrecognised:
+        pass
     else:
         count = len(found.sigmas) - 1
         return How(

@@ -798,6 +798,9 @@ else:
         ).cfg == pytest.approx(4.5)
         with pytest.raises(ValueError, match="0 is only for the sampler 'automatic'"):
             one_node(few, "flux", sampler="euler")
+        astray = student(model, steps=3, sigmas=(9.0, 3.0, 1.0, 0.0), prediction="eps")
+        with pytest.raises(ValueError, match="choose another profile or the model that belongs to it"):
+            one_node(astray, "flux")  # recognised and wrong here: not to be sampled as if it were no student
 
     @pytest.mark.parametrize(("first", "sees"), [(999, True), (399, False)])
     def test_automatic_lets_the_first_step_of_a_few_step_unet_see_the_prefill(first, sees):
