@@ -19,7 +19,7 @@ from dmd_core.families.joint import SHAPES as FAMILY
 from dmd_core.inpaint import Filler, OnCanvas
 from dmd_core.inpaint.partial import cells, places
 from dmd_core.objectives.lazy_inpaint import LazyInpaint, LazyInpaintConfig
-from dmd_core.samplers import Masked, sample_euler, sample_restart, start
+from dmd_core.samplers import Masked, sampled
 from dmd_core.schedule import add_noise
 from dmd_core.shapes import captions, world
 from dmd_core.shapes.teacher import Partial
@@ -83,14 +83,8 @@ class Task:
         levels, parts = torch.tensor(demo.levels(steps)), []
         for index in torch.arange(len(self.canvas)).split(64):
             part = self.take(index)
-            denoiser = make(part)
-            x = start(denoiser.schedule, part.noise, levels[0])
             rng = torch.Generator().manual_seed(9)
-            made = (
-                sample_restart(denoiser, x, levels, part.cond, rng)
-                if fresh
-                else sample_euler(denoiser, x, levels, part.cond)
-            )
+            made = sampled(make(part), part.noise, levels, part.cond, rng, 1.0 if fresh else None)
             parts.append(torch.where(cells(part.hole, made, 2), made, part.canvas))
         seen, meant = demo.read(place, place.pictures(torch.cat(parts))), self.scene
         right = (seen.count == 1) & (seen.shape[:, 0] == meant.shape[:, 0]) & (seen.colour[:, 0] == meant.colour[:, 0])

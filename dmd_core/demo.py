@@ -20,7 +20,7 @@ from .data import Prompts
 from .denoiser import Denoiser, Guided
 from .families.joint import SHAPES as FAMILY
 from .objectives.dmd2 import DMD2, DMD2Config
-from .samplers import sample_euler, sample_restart, start
+from .samplers import sampled
 from .sheet import sheet
 from .train import Report, TrainConfig, train
 from .trainstate import TrainState
@@ -175,11 +175,8 @@ def generate(
     steps = torch.tensor(sigmas, device=world.device)
     parts = []
     for index in torch.arange(len(prompts)).split(64):
-        x = start(denoiser.schedule, noise[index.to(noise.device)], sigmas[0])
-        cond = prompts.take(index)
-        parts.append(
-            sample_restart(denoiser, x, steps, cond, draw) if fresh else sample_euler(denoiser, x, steps, cond)
-        )
+        own = noise[index.to(noise.device)]
+        parts.append(sampled(denoiser, own, steps, prompts.take(index), draw, 1.0 if fresh else None))
     return torch.cat(parts)
 
 

@@ -36,10 +36,11 @@ from .processes import ALONE, Accelerated, Processes
 from .prompts import PromptCache, fingerprint, parse_prompts, read_prompts
 from .runfile import RunFile, read_run_file
 from .runs import Run, Say, open_run
+from .samplers import sampled
 from .snapshots import Gallery
 from .sources import Source, load_source
 from .train import mix
-from .views import SHOWN_HOLES, preview_of, sampled
+from .views import SHOWN_HOLES, preview_of
 from .weights.checkpoint import base_hash
 from .weights.lora import save_lora
 from .weights.recipe import Recipe

@@ -187,3 +187,13 @@ def sample_heun(denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Any, callba
             slope = (slope + (guess - x0) / after) / 2
         x = x + (after - sigma) * slope
     return x
+
+
+def sampled(
+    denoiser: Denoiser, noise: Tensor, sigmas: Tensor, cond: Any, rng: Noise | None, gamma: float | None
+) -> Tensor:
+    """A picture from unit noise. gamma as in `sample_restart`; None: plain Euler."""
+    x = start(denoiser.schedule, noise, sigmas[0])
+    if gamma is None:
+        return sample_euler(denoiser, x, sigmas, cond)
+    return sample_restart(denoiser, x, sigmas, cond, rng, gamma)

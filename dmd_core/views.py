@@ -1,7 +1,7 @@
 """What is looked at while a run goes on: the student's pictures, and what teacher and critic make of them."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -11,7 +11,7 @@ from .conditioning import Cond
 from .denoiser import Denoiser, Guided
 from .inpaint import MaskConfig, draw_holes
 from .inpaint.partial import grid
-from .samplers import sample_euler, sample_restart, start
+from .samplers import sampled
 from .schedule import add_noise
 from .sheet import sheet
 
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
 SHOWN = 4  # prompts of a preview
 SHOWN_HOLES = MaskConfig(least=0.2, most=0.5, all=0.0, crops=0.0)
 Rows = Callable[[torch.Generator], list[Tensor]]
-
-
-def sampled(
-    denoiser: Denoiser, noise: Tensor, sigmas: Tensor, cond: Any, rng: torch.Generator, gamma: float | None
-) -> Tensor:
-    """gamma None: plain Euler."""
-    x = start(denoiser.schedule, noise, sigmas[0])
-    if gamma is None:
-        return sample_euler(denoiser, x, sigmas, cond)
-    return sample_restart(denoiser, x, sigmas, cond, rng, gamma)
 
 
 def preview_of(job: "Job") -> Callable[[], Image.Image] | None:

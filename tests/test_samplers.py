@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dmd_core.denoiser import NetDenoiser, Prediction
-from dmd_core.samplers import Masked, sample_euler, sample_heun, sample_restart, start
+from dmd_core.samplers import Masked, sample_euler, sample_heun, sample_restart, sampled, start
 from dmd_core.schedule import EDM, Discrete, Flow
 from dmd_core.sigmas import at_timesteps, lcm, shifted, trailing, turbo
 
@@ -224,6 +224,16 @@ def test_a_start_from_a_latent_is_the_forward_process():
     latent = noise(1)
     close(start(sdxl(), noise(), 2.0, latent), latent + 2.0 * noise())
     close(start(Flow(), noise(), 0.75, latent), 0.25 * latent + 0.75 * noise())
+
+
+def test_without_a_gamma_a_picture_is_made_by_plain_euler():
+    sigmas = sigmas_at([999, 600, 300])
+    x = start(sdxl(), noise(), sigmas[0])
+    euler = sampled(vp(), noise(), sigmas, None, None, None)
+    assert torch.equal(euler, sample_euler(vp(), x, sigmas, None))
+    restart = sampled(vp(), noise(), sigmas, None, Tape(), 1.0)
+    assert torch.equal(restart, sample_restart(vp(), x, sigmas, None, Tape()))
+    assert not torch.allclose(euler, restart)
 
 
 @pytest.mark.parametrize("sigmas", [[1.0], [1.0, 1.0, 0.0], [0.5, 1.0, 0.0], [1.0, -0.1]])
