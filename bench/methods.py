@@ -31,7 +31,7 @@ from dmd_core.sources import Source, shapes_source
 from dmd_core.train import TrainConfig, train
 from dmd_core.trainstate import TrainState, config_hash
 
-from .record import RESULTS, Table, versions
+from .record import RESULTS, Table, holding, versions
 
 SEEDS = (0, 1, 2)
 BATCH, RANK, GUIDANCE = 32, 16, 2.0
@@ -336,8 +336,8 @@ def verdicts(rows: tuple[Row, ...], found: Mapping[str, Mapping[str, Any]]) -> I
         right = four[best]["accuracy"] >= 0.98 * goal["accuracy"]
         yield (
             f"Best 4-step row, {best}: frechet {four[best]['frechet']:.3g} against 1.1 x {goal['frechet']:.3g} of the "
-            f"40-step teacher ({'holds' if near else 'does not hold'}); accuracy {four[best]['accuracy']:.3g} against "
-            f"0.98 x {goal['accuracy']:.3g} ({'holds' if right else 'does not hold'})."
+            f"40-step teacher ({holding(near)}); accuracy {four[best]['accuracy']:.3g} against "
+            f"0.98 x {goal['accuracy']:.3g} ({holding(right)})."
         )
 
 

@@ -130,8 +130,11 @@ def verdict(what: str, values: Sequence[float], bound: float, at_least: bool = F
     """A line for a table's notes: the range of what was measured, what was asked, and whether all of it holds."""
     holds = min(values) >= bound if at_least else max(values) <= bound
     sign = ">=" if at_least else "<="
-    said = "holds" if holds else "**does not hold**"
-    return f"{what}: {min(values):.3g} to {max(values):.3g}, {sign} {bound:.3g} asked: {said}."
+    return f"{what}: {min(values):.3g} to {max(values):.3g}, {sign} {bound:.3g} asked: {holding(holds)}."
+
+
+def holding(holds: bool) -> str:
+    return "holds" if holds else "**does not hold**"
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor] | Sequence[torch.Tensor]) -> int:

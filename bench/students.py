@@ -12,7 +12,7 @@ import torch
 from dmd_core import demo
 from dmd_core.objectives.dmd2 import DMD2
 
-from .record import Table
+from .record import Table, holding
 
 SEEDS = (0, 1, 2)
 JUDGED = 1024
@@ -82,8 +82,7 @@ def on_cpu(seeds: tuple[int, ...] = SEEDS, judged: int = JUDGED) -> Table:
         values = [read(f) for f in found]
         middle = statistics.median(values)
         holds = middle >= bound if sign == ">=" else middle <= bound
-        asked = f"{sign} {bound:g} asked: {'holds' if holds else '**does not hold**'}"
-        table.notes.append(f"{claim}: {middle:.3f} ({texts(values)}), {asked}.")
+        table.notes.append(f"{claim}: {middle:.3f} ({texts(values)}), {sign} {bound:g} asked: {holding(holds)}.")
     return table
 
 

@@ -17,7 +17,7 @@ from dmd_core.samplers import sample_euler, sample_restart
 from dmd_core.variety import jitter_image, jitter_prompt
 from dmd_core.weights.lora import load_lora
 
-from .record import Table
+from .record import Table, holding
 
 SEEDS = (0, 1, 2)
 STEPS, TEACHER_STEPS, GUIDANCE = 4, 40, 2.0
@@ -148,5 +148,5 @@ def verdict(rows: list[dict[str, Any]], chosen: tuple[str, float] = DEFAULT) -> 
         f"asked: the default of Seed Variety ({how}, {strength:g}) brings the student's distance nearer to the "
         f"teacher's ({alone:.3f} to {with_it:.3f}, {back:.0%} of what it lacks; see the ranges) with as many prompts "
         f"right ({right:.3f} to {still_right:.3f}, 0.005 less is as many): "
-        f"{'holds' if back > 0 and still_right >= right - 0.005 else '**does not hold**'}."
+        f"{holding(back > 0 and still_right >= right - 0.005)}."
     )
