@@ -148,7 +148,7 @@ def labelled(cards: Sequence[SliderCard], ends: Mapping[str, Tensor], given: Map
         table = embedder(given["name_clip"], ends["0 high"].shape[-1])(words)
     out: list[SliderCard] = []
     for i, made in enumerate(cards):
-        found = None if table is None else poles(ends[f"{i} high"], ends[f"{i} low"], words, lambda _texts: table)
+        found = None if table is None else poles(ends[f"{i} high"], ends[f"{i} low"], words, table)
         title = name_of(i, found)
         taken = any(c.name == title for c in out)
         out.append(replace(made, name=f"{title} {i + 1}" if taken else title, ends=found))

@@ -120,13 +120,14 @@ def test_ends_get_the_nearest_words():
     table = {"red": [1.0, 0, 0], "blue": [-1.0, 0, 0], "round": [0, 1.0, 0], "old": [0, 0, 1.0]}
     high = torch.tensor([[0.9, 0.3, 0.2]]).repeat(4, 1)
     low = torch.tensor([[-0.8, 0.3, 0.2]]).repeat(4, 1)
-    ends = poles(high, low, list(table), lambda w: torch.tensor([table[x] for x in w]))
+    words, embedded = list(table), torch.tensor(list(table.values()))
+    ends = poles(high, low, words, embedded)
     assert ends == ("red", "blue")
-    assert poles(low, high, list(table), lambda w: torch.tensor([table[x] for x in w])) == ("blue", "red")
+    assert poles(low, high, words, embedded) == ("blue", "red")
     assert name_of(2, ends) == "blue - red"
     assert name_of(2) == "direction 3"
     with pytest.raises(ValueError, match="at least 2 words"):
-        poles(high, low, ["red"], lambda w: torch.zeros(1, 3))
+        poles(high, low, ["red"], torch.zeros(1, 3))
 
 
 # --- the model's own features ----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What a pool of pictures varies in: principal directions of its features, how sure they are, and words for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,13 +91,14 @@ def _signed(vectors: Tensor) -> Tensor:
     return vectors * largest.sign()
 
 
-def poles(
-    high: Tensor, low: Tensor, words: Sequence[str], embed_words: Callable[[Sequence[str]], Tensor]
-) -> tuple[str, str]:
-    """The words nearest to the plus and the minus end. high, low: [n d] image features of a text-image encoder."""
+def poles(high: Tensor, low: Tensor, words: Sequence[str], embedded: Tensor) -> tuple[str, str]:
+    """The words nearest to the plus and the minus end.
+
+    high, low: [n d] image features of a text-image encoder; embedded: its [k d] text features of the words.
+    """
     if len(words) < 2:
         raise ValueError(f"naming the ends of a slider needs at least 2 words, got {len(words)}; give more")
-    directions = F.normalize(embed_words(words).float(), dim=1)
+    directions = F.normalize(embedded.float(), dim=1)
     directions = directions - directions.mean(0)
     away = F.normalize(high.float(), dim=1).mean(0) - F.normalize(low.float(), dim=1).mean(0)
     scores = F.normalize(directions, dim=1) @ away.to(directions)
