@@ -141,7 +141,7 @@ def settings_of(model: Any, family: Family, method: Mapping[str, Any], given: Ma
     if "guidance" in known:
         options["guidance"] = guidance
     if "one_sample" in known:
-        options["one_sample"] = given.get("one_sample", False)  # graphs that are older than it
+        options["one_sample"] = given.get("one_sample", DMD2Config.one_sample)  # graphs that are older than it
 
     def pick(*names: str) -> dict[str, Any]:
         return {k: given[k] for k in names}

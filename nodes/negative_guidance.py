@@ -1,9 +1,9 @@
 """Negative prompts at cfg 1: normalized attention guidance on any MODEL with text attention.
 
-UNets: cross-attention alone is asked a second time, with the negative prompt: 1.14 times the time of a run without,
-where cfg 3 takes 1.39 (0.4 of SD1.5's width, latent 16 x 16; docs/benchmarks.md). Transformers: text and image change
-together, so the negative prompt's rows go through the network beside the others, as with CFG: 1.78 times against 1.72.
-After each attention both get the same image tokens, so only their texts differ.
+UNets: cross-attention alone is asked a second time, with the negative prompt, which costs less than CFG. Transformers:
+text and image change together, so the negative prompt's rows go through the network beside the others, as with CFG, at
+about its cost; after each attention both get the same image tokens, so only their texts differ. Measured:
+docs/benchmarks.md.
 Nothing outlives a run: the prepared prompt travels in the run's own options.
 """
 

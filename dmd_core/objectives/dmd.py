@@ -48,8 +48,9 @@ class DMD(DMD2):
         self.distance, self.warming = distance, False
 
     def turns(self, step: int) -> Sequence[str]:
+        assert isinstance(self.config, DMDConfig)
         turns = super().turns(step)
-        self.warming = step < self.config.warm_up  # type: ignore[attr-defined]
+        self.warming = step < self.config.warm_up
         return ("student",) if self.warming else turns
 
     def terms(self, player: str, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:

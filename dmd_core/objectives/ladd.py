@@ -18,7 +18,8 @@ from ..schedule import Schedule, add_noise, expand
 from ..train import Player
 from .generation import check_sigmas, gaussian, noised, working_dtype
 
-# A run that goes on with more steps must not fall back into its beginning: no longer than the shortest preset.
+# A fifth of the run; from 500 steps on the cap. It is the shortest preset's length, so that a run which has done any
+# preset and goes on with more steps does not fall back into the beginning; one that was shorter than 100 can.
 EARLY_SHARE, EARLY_MOST = 0.2, 100
 
 
