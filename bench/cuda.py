@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from . import inpainting
 from .models import REAL, TINY, Size
 from .record import NOT_RUN, Table, compared, seconds
 from .sampling import bare, levels_of, samplers
@@ -228,13 +229,29 @@ def sampling() -> Table:
     )
 
 
+# --- inpainting -------------------------------------------------------------------------------------------------------
+
+
+def inpainting_rows(tier: Tier, table: Table) -> None:
+    """In ComfyUI's process, which has the device to itself."""
+    sizes, rounds = ("real", tier.rounds) if tier.cuda else ("tiny", 1)
+    found = tier.attempt(partial(inpainting.curve, sizes, tier.device, rounds, tier.left()), 150)
+    if isinstance(found, dict):
+        table.rows = found["rows"]
+        table.settings |= found["settings"]
+    else:
+        table.rows = [{"network": "all", "later edit": found or f"{NOT_RUN}: there is no ComfyUI"}]
+
+
 def go(tier: Tier, write: Callable[[Table], object]) -> list[Table]:
     """The short ones first, compilers last; tables are written row by row."""
-    images, steps = sampling(), training(tier)
+    images, steps, holes = sampling(), training(tier), inpainting.on_cuda()
     torch.set_float32_matmul_precision("high")
     for name in STEPS:
         images.rows += sampling_rows(tier, name, False)
         write(images)
+    inpainting_rows(tier, holes)
+    write(holes)
     for name in tier.sizes:
         steps.rows.append(training_row(tier, name))
         write(steps)
@@ -248,7 +265,7 @@ def go(tier: Tier, write: Callable[[Table], object]) -> list[Table]:
     for name, row in zip(tier.sizes, steps.rows, strict=True):
         row |= columns({which: tier.attempt(partial(side, tier, name, which), 60) for which in LATE})
         write(steps)
-    return [images, steps]
+    return [images, steps, holes]
 
 
 def main(dry: bool = False) -> None:

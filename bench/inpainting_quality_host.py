@@ -8,16 +8,15 @@ from typing import Any
 
 import comfy_host
 
-PICTURES, SEEDS = (int(v) for v in sys.argv[1:3])
+# {"pictures": per place, "seeds": , "rows": [{"model": , "lora": file or null, "few": , "steps": , "ways": [...]}]}
+JOB = json.loads(sys.argv[1])
+PICTURES, SEEDS = JOB["pictures"], JOB["seeds"]
 comfy_host.start_comfy("--use-pytorch-cross-attention")
 
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 
 import nodes as stock  # noqa: E402
-
-MODELS = {"teacher": None, "student, 4 steps": 4, "student, 1 step": 1}
-STEPS = {"teacher": (1, 2, 4, 20), "student, 4 steps": (4,), "student, 1 step": (1,)}
 
 demo = comfy_host.pack_module("dmd_core.demo")
 inpaint = comfy_host.pack_module("dmd_core.inpaint")
@@ -27,7 +26,7 @@ lazy = comfy_host.pack_module("nodes.lazy_inpaint")
 sys.modules["dmd_core"] = comfy_host.pack_module("dmd_core")  # what half_hidden.py imports
 sys.path.append(str(Path(__file__).parent))
 
-from half_hidden import PROMPT, Group, cells, groups, judged  # noqa: E402
+from half_hidden import PROMPT, Group, cells, groups, judged, prefilled  # noqa: E402
 
 
 def sampled(model: Any, latent: torch.Tensor, mask: torch.Tensor, seed: int, steps: int, few: bool) -> torch.Tensor:
@@ -42,7 +41,8 @@ def sampled(model: Any, latent: torch.Tensor, mask: torch.Tensor, seed: int, ste
 def on_canvas(prepare: Callable[[Any], Any], context: bool = True) -> Callable[..., torch.Tensor]:
     def fill(world: Any, model: Any, group: Group, *how: Any) -> torch.Tensor:
         mask = cells(group.mask) if context else torch.ones_like(cells(group.mask))
-        return world.pictures(sampled(prepare(model), world.autoencoder.encode(group.picture), mask, *how))
+        canvas = world.autoencoder.encode(prefilled(group.picture, group.mask))
+        return world.pictures(sampled(prepare(model), canvas, mask, *how))
 
     return fill
 
@@ -52,7 +52,8 @@ def on_crop(factor: float) -> Callable[..., torch.Tensor]:
 
     def fill(world: Any, model: Any, group: Group, *how: Any) -> torch.Tensor:
         boxes = inpaint.crops(group.mask, factor, 16) if factor else [snug(m, i) for i, m in enumerate(group.mask)]
-        parts, holes = inpaint.crop.cut(group.picture, boxes), inpaint.crop.cut(group.mask, boxes)
+        whole = prefilled(group.picture, group.mask)
+        parts, holes = inpaint.crop.cut(whole, boxes), inpaint.crop.cut(group.mask, boxes)
         latent = sampled(model, world.autoencoder.encode(parts), cells(holes), *how)
         return inpaint.paste(group.picture, world.pictures(latent), boxes)
 
@@ -73,6 +74,7 @@ WAYS: dict[str, Callable[..., torch.Tensor]] = {
     "dense": on_canvas(lambda model: model),
     "refresh": on_canvas(patched("refresh")),
     "session": on_canvas(patched("session")),
+    "trained": on_canvas(patched("trained")),
     "crop 1.5x": on_crop(1.5),
     "tight crop": on_crop(0.0),
     "no context": on_canvas(lambda model: model, context=False),
@@ -88,19 +90,18 @@ def main() -> None:
     tokens, pooled = world.text.encode([PROMPT])
     COND = [[tokens, {"pooled_output": pooled}]]
     draws = {s: groups(PICTURES, s) for s in range(SEEDS)}
-    rows = []
-    for name, student in MODELS.items():
-        model = load.load_model(load.FILES.get(name))
-        for steps in STEPS[name]:
-            found: dict[str, list[float]] = {}
-            for column, fill in WAYS.items():
-                for seed, drawn in draws.items():
-                    how = (1000 + seed, steps, student is not None)
-                    value = judged(world, drawn, lambda g: fill(world, model, g, *how))  # noqa: B023
-                    found.setdefault(column, []).append(value)
-            row = {"model": name, "steps": steps} | {k: round(sum(v) / len(v), 3) for k, v in found.items()}
-            rows.append(row | {"spread": round(max(max(v) - min(v) for v in found.values()), 3)})
-            print(rows[-1], file=sys.stderr, flush=True)
+    models, rows = {None: load.load_model(None)}, []
+    for asked in JOB["rows"]:
+        found: dict[str, list[float]] = {}
+        model = models.setdefault(asked["lora"], asked["lora"] and load.load_model(asked["lora"]))
+        for way in asked["ways"]:
+            for seed, drawn in draws.items():
+                how = (1000 + seed, asked["steps"], asked["few"])
+                value = judged(world, drawn, lambda g: WAYS[way](world, model, g, *how))  # noqa: B023
+                found.setdefault(way, []).append(value)
+        row = {k: asked[k] for k in ("model", "steps")} | {k: round(sum(v) / len(v), 3) for k, v in found.items()}
+        rows.append(row | {"spread": round(max(max(v) - min(v) for v in found.values()), 3)})
+        print(rows[-1], file=sys.stderr, flush=True)
     every = [g for drawn in draws.values() for g in drawn]
     empty = judged(world, every, lambda g: (g.scene.light.reshape(-1, 1, 1, 1) * 2 - 1).expand_as(g.picture))
     whole = judged(world, every, lambda g: world.pictures(world.autoencoder.encode(g.picture)))

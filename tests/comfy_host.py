@@ -69,11 +69,11 @@ def in_comfy() -> bool:
     return os.environ.get("DMD_IN_COMFY") == "1"
 
 
-def start_comfy(*flags: str) -> None:
+def start_comfy(*flags: str, device: str = "cpu") -> None:
     """Options as main.py would set them; before anything of `comfy` is imported."""
     import comfy.options
 
-    sys.argv = [sys.argv[0], "--cpu", *flags]
+    sys.argv = [sys.argv[0], *(["--cpu"] if device == "cpu" else []), *flags]
     comfy.options.enable_args_parsing()
     import comfy.cli_args  # parses now, while argv is ours
 

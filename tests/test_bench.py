@@ -6,13 +6,16 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import comfy_host
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dmd_core import train
+from dmd_core import demo, train
+from dmd_core.shapes import world
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "bench" / "results").glob("*.json"))
@@ -25,6 +28,8 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     for name in (
         "cuda",
+        "inpainting_quality",
+        "lazy_canvas",
         "memory",
         "models",
         "page",
@@ -200,7 +205,7 @@ def test_the_cuda_tier_goes_through_all_of_its_rows_on_a_cpu(bench, tmp_path, mo
     monkeypatch.setattr(bench.record, "RESULTS", tmp_path / "never")
     tier = bench.cuda.Tier.dry()
     tier.budget_s = 3600
-    sampling, training = bench.cuda.go(tier, lambda table: table.write("cpu", "dry", tmp_path))
+    sampling, training, holes = bench.cuda.go(tier, lambda table: table.write("cpu", "dry", tmp_path))
     written = json.loads((tmp_path / "sampling.cpu.json").read_text())["rows"]
     assert written == sampling.rows
     assert not (tmp_path / "never").exists()
@@ -214,6 +219,65 @@ def test_the_cuda_tier_goes_through_all_of_its_rows_on_a_cpu(bench, tmp_path, mo
         assert row["speed"] > 0
         assert all(row[f"{side}, s per update"] > 0 for side in bench.cuda.LATE)
     assert training.rows[0][bench.cuda.COMPILED] > 0
+    if comfy_host.comfy_path() is not None:
+        lazy = [row for row in holes.rows if "law" in row]
+        assert {row["network"] for row in lazy} == {"SD3.5 medium", "Flux"}
+        assert len(holes.rows) == 3 * len(lazy) / 2 == 3 * len(bench.inpainting.SHARES)
+        assert all(row["later edit"] > 0 for row in lazy)
+        assert all(row["tight crop"] > 0 for row in holes.rows)
+
+
+def test_without_a_comfyui_or_where_it_fails_the_curve_says_so(bench, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("the measurement inside ComfyUI failed")
+
+    for curve, said in ((lambda *args: None, "not run: there is no ComfyUI"), (broken, "failed: RuntimeError")):
+        monkeypatch.setattr(bench.inpainting, "curve", curve)
+        table = bench.inpainting.on_cuda()
+        bench.cuda.inpainting_rows(bench.cuda.Tier.dry(), table)
+        assert [row["later edit"].startswith(said) for row in table.rows] == [True]
+    monkeypatch.setattr(bench.inpainting, "curve", lambda *args: {"rows": [{"m": 0.1}], "settings": {"steps": 1}})
+    bench.cuda.inpainting_rows(bench.cuda.Tier.dry(), table)
+    assert (table.rows, table.settings) == ([{"m": 0.1}], {"steps": 1})  # control
+
+
+# --- the trained lazy student on the canvas of inpainting_quality
+
+
+def lazy_rows(dense: float, bare: float, taught: tuple[float, ...]) -> list[dict[str, Any]]:
+    """As inpainting_quality_host.py gives them: one in ten less right with one step."""
+    rows = [{"model": "teacher", "steps": n, "dense": dense - 0.1 * (n == 1)} for n in (1, 2, 4, 20)]
+    for name, right in (("teacher", bare), *((f"student {i}", v) for i, v in enumerate(taught))):
+        rows += [{"model": name, "steps": n, "trained": right} for n in (1, 2, 4)]
+    return rows
+
+
+def test_students_are_judged_by_the_worst_of_them(bench):
+    rows = bench.lazy_canvas.merged(lazy_rows(0.5, 0.4, (0.7, 0.6, 0.65)))
+    assert [(r["steps"], r["dense"], r.get("trained"), r.get("trained, range")) for r in rows] == [
+        (1, 0.4, 0.65, [0.6, 0.7]), (2, 0.5, 0.65, [0.6, 0.7]), (4, 0.5, 0.65, [0.6, 0.7]), (20, 0.5, None, None),
+    ]  # fmt: skip
+    assert all(line.endswith(": holds.") for line in bench.lazy_canvas.verdicts(rows))
+    worse = bench.lazy_canvas.merged(lazy_rows(0.5, 0.44, (0.7, 0.44, 0.65)))
+    assert all("does not hold" in line for line in bench.lazy_canvas.verdicts(worse))
+
+
+def test_students_are_shown_no_trace_of_what_the_hole_hides(bench):
+    """The target is the true picture; what the student reads is the same whatever stands in the hole."""
+    canvas = bench.lazy_canvas
+    place = demo.World.load(torch.device("cpu"))
+    prompts, whole, shown, mask = canvas.Renders(place, 0).drawn(torch.Generator().manual_seed(3))
+    assert len(prompts) == len(whole) == canvas.TRAIN["batch"]
+    hidden = (mask > 0)[:, None].expand_as(whole)
+    assert (whole - shown)[hidden].abs().mean() > 0.1
+    half = bench.half_hidden
+    pixels = mask.repeat_interleave(half.CELL, 1).repeat_interleave(half.CELL, 2)
+    scene = world.sample(len(mask), torch.Generator().manual_seed(3), pairs=0.0)
+    picture = half.framed(scene)
+    other = torch.where(pixels[:, None] > 0, -picture, picture)
+    again = canvas.encoded(place, half.prefilled(other, pixels))
+    assert torch.equal(again, shown)
+    assert not torch.equal(canvas.encoded(place, other), whole)  # control
 
 
 class Elsewhere(TorchDispatchMode):

@@ -17,7 +17,7 @@ from ..conditioning import Cond
 from ..data import Batch
 from ..denoiser import Denoiser
 from ..discriminators import Discriminator
-from ..inpaint.partial import Filler, grid, inside
+from ..inpaint.partial import Filler, cells, grid, inside
 from ..inpaint.strokes import MaskConfig, draw_holes
 from .dmd2 import DMD2, DMD2Config
 from .generation import SIGMA_FLOOR, denoising_weight, noise_levels, noised, student_input
@@ -65,18 +65,23 @@ class LazyInpaint(DMD2):
 
     def terms(self, player: str, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         canvas = batch.clean("lazy inpainting").to(self.dtype)
-        hole = self.holes(canvas, rng)
+        self.hole, student = self.task(batch, canvas, rng)
         batch = Batch(self.spoken(batch.cond, rng), batch.shape, canvas)
-        student = self.filler(canvas, hole)
         if self.adapting:
-            return self.adapt_terms(student, batch, hole, rng)
+            return self.adapt_terms(student, batch, rng)
         c = self.config
         with torch.set_grad_enabled(player == "student"):
             gamma = 0.0 if c.trajectory else c.gamma
             x, k = student_input(student, c.sigmas, batch, rng, self.dtype, c.backward_simulation, gamma)
             x0 = student(x, self.level(k, x), batch.cond)
-        self.hole = hole
+            # the judges see the canvas as it is, whatever the student was shown
+            x0 = torch.where(cells(self.hole, x0, self.patch), x0, canvas)
         return (self.critic_terms if player == "critic" else self.student_terms)(x0, batch, rng, x, k)
+
+    def task(self, batch: Batch, canvas: Tensor, rng: torch.Generator) -> tuple[Tensor, Denoiser]:
+        """A hole, and the student on canvases that have it."""
+        hole = self.holes(canvas, rng)
+        return hole, self.filler(canvas, hole)
 
     def holes(self, canvas: Tensor, rng: torch.Generator) -> Tensor:
         """Drawn on the CPU, whatever device the run is on."""
@@ -96,12 +101,11 @@ class LazyInpaint(DMD2):
     def cut(self, x: Tensor) -> Tensor:
         return inside(x, self.hole, self.patch)
 
-    def adapt_terms(self, student: Denoiser, batch: Batch, hole: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+    def adapt_terms(self, student: Denoiser, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """Denoising of the canvas's own content in the hole, at every level."""
         c, canvas = self.config, batch.clean("lazy inpainting")
         sigma = noise_levels(student.schedule, len(canvas), rng, 0.0, 1.0, c.shift).to(canvas).clamp_min(SIGMA_FLOOR)
         x0 = student(noised(student.schedule, canvas, sigma, rng), sigma, batch.cond)
-        self.hole = hole
         weight = denoising_weight(c.critic_weight, sigma)
         return {"adapt": losses.denoising(self.cut(x0), self.cut(canvas), weight)}
 
