@@ -20,6 +20,7 @@ from .slider_lab import FOUND, HELD_OUT, PROMPTS, SPAN, TOPIC, WORDS, Lab, cards
 SEEDS = (0, 1, 2)  # of training
 START = 0.875  # the noise level where start 0.3 begins (shift 3)
 MAIN = 0.05  # a main direction holds this share of the variance
+DIGITS = 3  # of the table's figures
 SHARE = 0.5  # of the usable range, for random strengths
 MINUTES = "processor time of discovery over five minutes"
 Figures = dict[tuple[str, str], float]  # (what, of which slider) -> figure
@@ -45,8 +46,9 @@ BOUNDS = {
 
 
 def bound_of(what: str) -> tuple[str, Any]:
-    """A bound holds for every number of steps."""
-    return BOUNDS.get(what.partition(", ")[0], BOUNDS.get(what, ("", None)))
+    """A bound holds for every number of steps. It judges what the table shows: 0.9499999999999997 is 0.95."""
+    words, holds = BOUNDS.get(what.partition(", ")[0], BOUNDS.get(what, ("", None)))
+    return words, holds and (lambda v: holds(round(v, DIGITS)))
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def rows_of(found: Iterable[Figures]) -> list[dict[str, Any]]:
     rows = []
     for (what, of), values in together.items():
         bound, holds = bound_of(what)
-        row = {"what": what, "of": of, "median": round(median(values), 3)}
+        row = {"what": what, "of": of, "median": round(median(values), DIGITS)}
         row |= {"seeds": " / ".join(f"{v:.3g}" for v in values), "bound": bound}
         rows.append(row | {"holds": ("yes" if holds(median(values)) else "**no**") if holds else ""})
     return rows

@@ -76,5 +76,7 @@ def test_a_figure_beyond_its_bound_is_said_not_to_hold(shapes_bench):
     bad = {("range, 4 steps", "x"): 0.5, ("control: untrained, range", "x"): 0.2, ("split-half |cos|", "d"): 0.9}
     assert {row["holds"] for row in shapes_bench.rows_of([good, good, bad])} == {"yes"}  # medians
     assert {row["holds"] for row in shapes_bench.rows_of([good, bad, bad])} == {"**no**"}
+    holds = shapes_bench.bound_of("rank correlation per picture, 8 steps")[1]
+    assert [holds(v) for v in (0.95, 0.9499999999999997, 0.949)] == [True, True, False]  # at the table's three digits
     (free,) = shapes_bench.rows_of([{("usable from", "x"): -9.0}])
     assert free["bound"] == free["holds"] == ""
