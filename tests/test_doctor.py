@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dmd_core.shapes import WEIGHTS
 from dmd_core.weights.doctor import coverage, describe, diagnose, repair
 from dmd_core.weights.header import MAX_HEADER, Refused, called, read_header
 
@@ -312,3 +313,16 @@ def test_describe_says_what_it_is_how_to_sample_it_and_what_is_wrong(tmp_path):
     plain = tmp_path / "nothing.safetensors"
     save_file(unet(), plain)
     assert "nothing in it says how it is sampled" in describe(plain)
+
+
+def test_files_of_the_shapes_world_are_not_said_to_be_of_stable_diffusion(tmp_path):
+    """They have its layout, and no model of it can use them."""
+    for name, kind in (("student_4", "LoRA for Shapes (SD3 layout),"), ("teacher", "model, Shapes (SD3 layout),")):
+        text = describe(WEIGHTS / f"shapes_{name}.safetensors")
+        assert kind in text
+        assert "Stable Diffusion" not in text
+    wider = tmp_path / "control.safetensors"
+    attention = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
+    sizes = {"A": (4, 1536), "B": (4608, 4)}
+    save_file({f"{attention}.lora_{part}.weight": torch.zeros(size) for part, size in sizes.items()}, wider)
+    assert "LoRA for Stable Diffusion 3," in describe(wider)

@@ -331,7 +331,7 @@ def _size(count: float) -> str:
 
 def _kind(found: Diagnosis) -> str:
     s = found.structure
-    family = FAMILIES[s.family].title if s.family else "unknown family"
+    family = s.title or "unknown family"
     types = sorted(set(found.header.dtypes.values()))
     if s.kind == "lora":
         more = ", trains convolutions and time embeddings as distillations do" if s.accelerator else ""

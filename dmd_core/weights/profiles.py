@@ -420,7 +420,7 @@ def _by_hint(file: Evidence, structure: Structure | None) -> Match:
         if profile is not None:
             reason = f"a guess: the name {file.name!r} hints at {profile.title} and the shapes agree{said}"
             return Match(profile=profile, sure="guess", reason=reason, candidates=tuple(fitting))
-    family = FAMILIES[structure.family].title + " " if structure.family else ""
+    family = f"{structure.title} " if structure.title else ""
     looks = "a file of unknown kind" if structure.kind == "unknown" else f"a {family}{structure.kind}"
     extra = " that moves convolutions and time embeddings, as distillation LoRAs do" if structure.accelerator else ""
     might = f"; it might be {_titles(hinted)}" if hinted else ""

@@ -18,6 +18,7 @@ GUIDANCE = re.compile(r".*(guidance_in_in_layer|guidance_embedder_linear_1|time_
 class Structure:
     kind: str  # lora, checkpoint (with text encoder or VAE), model (the network alone), vae, text encoder, unknown
     family: str = ""  # a name of families.FAMILIES, "" if not proven
+    title: str = ""  # what that family is called; the shapes world has SD3's name and layout, and its own title
     layout: str = ""  # of a network: native or diffusers; of a LoRA: kohya, peft, diffusers, lycoris
     prefix: str = ""  # before every name of the network
     modules: int = 0  # layers of a LoRA
@@ -41,6 +42,7 @@ def identify(shapes: Mapping[str, Shape], dtypes: Mapping[str, str] | None = Non
     return Structure(
         kind="checkpoint" if any(OTHERS.match(k) for k in shapes) else "model" if known else "unknown",
         family=family.name if known else "",
+        title=family.title if known else "",
         layout=naming(seen, family) if known else "",
         prefix=first[: first.find(layer_path(first))] if layer_path(first) in first else "",
         guidance=seen.has(GUIDANCE.pattern),
@@ -72,6 +74,7 @@ def _lora(shapes: Mapping[str, Shape], keys: Mapping[str, tuple[str, str]]) -> S
     return Structure(
         kind="lora",
         family="" if family is GENERIC else family.name,
+        title="" if family is GENERIC else family.title,
         layout=layout,
         modules=len({layer for layer, _ in keys.values()}),
         rank=max(set(ranks), key=ranks.count) if ranks else 0,
