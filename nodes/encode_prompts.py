@@ -20,7 +20,8 @@ from .comfy_source import LATENT, TEXT, pool_of
 from .students import root
 
 NONE = "none"
-PROBES = ("", "a photo of a red fox, 35mm, soft light")  # their encoding names the text encoder
+# Their encoding names the text encoder. Words that the shapes world knows: it would tell the user of any other.
+PROBES = ("", "a small red circle left of a large blue square on dark")
 
 
 def files() -> list[str]:

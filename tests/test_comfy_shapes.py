@@ -140,3 +140,13 @@ else:
         plain, weighted = (encode(clip, p)[0][0][0] for p in ("a red circle", "a (red:1.3) circle"))
         assert torch.equal(plain, weighted)
         assert encode(clip, "a zebra, 8k, masterpiece")[0][0][0].isfinite().all()
+
+    def test_words_that_nobody_wrote_are_not_said_to_be_unknown(caplog):
+        """The prompts that name a text encoder are the pack's own."""
+        encode = comfy_host.pack_module("nodes.encode_prompts")
+        _model, clip, _vae = load_shapes.execute("teacher").result
+        with torch.no_grad(), caplog.at_level("INFO"):
+            encode.encoder_of(clip)
+            assert "does not know" not in caplog.text
+            encode.encode_one(clip, "a zebra")
+        assert "does not know the words ['zebra']" in caplog.text  # control
