@@ -54,12 +54,13 @@ class Tier:
     )
     widths: tuple[int, ...] = (128, 256, 512, 512)  # of the VAE
     budget_s: float = 540
+    patience: float = 1.0  # times the limit of each row: a dry run is to go through on a busy machine too
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
     def dry(cls, device: str = "cpu") -> "Tier":
         tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        return cls(device, TINY, 2, 2, "eager", (tiny, tiny), (32, 32, 32, 32))
+        return cls(device, TINY, 2, 2, "eager", (tiny, tiny), (32, 32, 32, 32), 2 * 3600, patience=20.0)
 
     @property
     def cuda(self) -> bool:
@@ -81,6 +82,7 @@ class Tier:
         """What the work gives, or in words why it gave nothing: one row that fails must not cost the others."""
         if self.left() < 20:
             return NOT_RUN
+        at_most_s *= self.patience
         self.free()
         try:
             with alarm(min(at_most_s, self.left())):

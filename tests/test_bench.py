@@ -196,6 +196,8 @@ def test_a_row_that_fails_says_how_and_costs_no_other(bench):
     assert "no kernel" in tier.attempt(broken, 60)
     assert tier.attempt(lambda: time.sleep(30), 0.1).startswith("not run: over")
     assert tier.attempt(lambda: 5, 60) == 5
+    assert tier.attempt(lambda: time.sleep(0.2) or 5, 0.1) == 5  # a dry run is patient, the real one is not
+    assert bench.cuda.Tier(device="cpu").attempt(lambda: time.sleep(30), 0.1).startswith("not run: over")
     tier.budget_s = 10
     assert tier.attempt(lambda: 5, 60) == "not run"
 
@@ -204,7 +206,6 @@ def test_a_row_that_fails_says_how_and_costs_no_other(bench):
 def test_the_cuda_tier_goes_through_all_of_its_rows_on_a_cpu(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.record, "RESULTS", tmp_path / "never")
     tier = bench.cuda.Tier.dry()
-    tier.budget_s = 3600
     sampling, training, holes = bench.cuda.go(tier, lambda table: table.write("cpu", "dry", tmp_path))
     written = json.loads((tmp_path / "sampling.cpu.json").read_text())["rows"]
     assert written == sampling.rows
