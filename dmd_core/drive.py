@@ -18,6 +18,7 @@ from PIL import Image
 
 from .alarms import alarms
 from .curves import curves
+from .plan import duration
 from .processes import ALONE, Processes, Shared, SharedBatches
 from .runs import Run, Say, Unwritable, step_of
 from .snapshots import DIVERSE, Gallery, Measures, Reference, best, fill, read_measures, write_student
@@ -186,7 +187,7 @@ class Session:
         self.history.append(record)
         self.run.log(record)
         done = report.step == self.config.steps
-        picture = self.draw_preview() if self.due(report.step, self.settings.preview_every) else None
+        picture = self.draw_preview() if self.shows(report.step) else None
         snapshot = self.take_snapshot() if done or self.due(report.step, self.settings.snapshot_every) else None
         news = self.new_alarms() if snapshot or self.due(report.step, ALARM_EVERY) else ()
         minutes = (time.monotonic() - self.saved_at) / 60
@@ -194,6 +195,11 @@ class Session:
         saved = self.save() if save or 0 < self.settings.save_minutes <= minutes else None
         left = self.seconds_per_step() * (self.config.steps - report.step)
         return Progress(report, self.config.steps, left, news, picture, snapshot, saved, stop)
+
+    def shows(self, step: int) -> bool:
+        """The first update too: an early picture says that all is well, and what there was to begin with."""
+        every = self.settings.preview_every
+        return self.due(step, every) or (step == 1 and every > 0)
 
     @staticmethod
     def due(step: int, every: int) -> bool:
@@ -327,20 +333,22 @@ def loss_series(history: list[dict[str, Any]]) -> dict[str, list[float]]:
 def report_text(
     run: Run, history: list[dict[str, Any]], config: TrainConfig, status: str, standing: Mapping[str, str]
 ) -> str:
-    """How the run went, for people."""
+    """How the run went, for people: the first line says it all, the others why."""
     step = history[-1]["step"] if history else 0
     seconds = sum(r.get("seconds") or 0.0 for r in history)
-    lines = [f"Run {run.name}: {status}.", f"{step} of {config.steps} steps"]
+    chosen = best_snapshot(run)
+    measures = read_measures(chosen) if chosen is not None else None
+    best = f" Best snapshot: update {step_of(chosen)}" if chosen is not None else ""
+    best += f", {describe(measures)}." if measures else ", the last one; none was judged." if best else ""
+    alarmed = f" {len(standing)} alarm{'s' * (len(standing) > 1)}, see below." if standing else " No alarms."
+    took = f"{step} of {config.steps} updates in {duration(seconds)}."
+    lines = [f"Run {run.name}: {status}. {took}{best}{alarmed}"]
+    if measures:
+        lines.append(verdict(measures))
+    lines += [f"Alarm: {text}" for text in standing.values()]
     if history:
         counted = ", ".join(f"{k} {v}" for k, v in history[-1]["counters"].items())
-        lines[-1] += f" ({counted} updates), {seconds / 60:.1f} minutes, {seconds / len(history):.3g} s each."
-    chosen = best_snapshot(run)
-    if chosen is not None:
-        measures = read_measures(chosen)
-        how = verdict(measures) if measures else "It is the last one; none was judged."
-        lines.append(f"Best snapshot: that of step {step_of(chosen)}. {how}")
-    lines += ["Alarms:", *(f"  {text}" for text in standing.values())] if standing else ["No alarms."]
-    if history:
+        lines.append(f"Updates: {counted}; {seconds / len(history):.3g} s each.")
         lines.append("Losses, mean of the first and of the last tenth; they are no score, judge by the pictures:")
         for name, values in sorted(loss_series(history).items()):
             n = max(1, len(values) // 10)

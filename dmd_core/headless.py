@@ -164,7 +164,10 @@ class Job:
             probe.refuse(found, guidance)
         if self.file.run.plan and self.processes.count == 1:
             self.make_pairs(2)
-            self.say(self.plan().words())
+            self.foretell(self.plan())
+
+    def foretell(self, found: Plan) -> None:
+        self.say(found.words())
 
     def plan(self) -> Plan:
         return plan(
@@ -252,6 +255,7 @@ class Job:
             lambda: shown(draw(filled if self.method.filler else lambda _i: student, own, self.method.gamma)),
             lambda: shown(canvases() if self.method.filler else draw(lambda _i: guided, steps, None)),
             self.source.features,
+            labels=(f"teacher, {in_steps(len(steps))}", f"student, {in_steps(len(own))}"),
         )
 
     def cache(self) -> PromptCache:
@@ -305,6 +309,11 @@ def named_change(name: str, before: Any, now: Any) -> str:
         return ""
     this = f"this is {now['name']}" if before["name"] != now["name"] else "of other weights than this one"
     return f"model ({before['name']}, {this})"
+
+
+def in_steps(levels: int) -> str:
+    count = levels - 1  # the last one is 0
+    return f"{count} step{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True)

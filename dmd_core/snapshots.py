@@ -32,6 +32,7 @@ class Gallery:
     teacher: Callable[[], Tensor]
     features: Callable[[Tensor], Tensor] | None = None
     shown: int = 8  # columns of the contact sheet
+    labels: tuple[str, str] = ("teacher", "student")  # of its rows: who draws, and in how many steps
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def fill(
     write_student(folder, state, step)
     n = gallery.shown
     rows = [reference.images[:n], images.float().cpu()[:n]]
-    sheet(rows, ["teacher", f"student, step {step}"], list(gallery.prompts[:n])).save(folder / "sheet.png")
+    labels = [gallery.labels[0], f"{gallery.labels[1]}, update {step}"]
+    sheet(rows, labels, list(gallery.prompts[:n])).save(folder / "sheet.png")
     (folder / "measures.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
     return found
 

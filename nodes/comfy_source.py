@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from .comfy_denoiser import ComfyDenoiser
 from .comfy_partial import partial_of
 from .slider_files import identity
 
+log = logging.getLogger(__name__)
 TEXT = "dmd_prompt"  # the prompt itself, among the options of a CONDITIONING entry
 LATENT = "dmd_latent"  # its picture, as the VAE gives it [1 ...], beside it
 SIZES = {"sd15": 512, "sd2": 768}  # pixels; all later families: 1024
@@ -255,6 +257,10 @@ class NativeJob(Job):
             beside = max(0.0, made.peak - patcher.loaded_size())
             self.run.write_json(MEMORY, {"settings": costs(self.file), "bytes": beside})
         return made
+
+    def foretell(self, found: Plan) -> None:
+        """Into the log alone: a node's words are read when its run has ended."""
+        log.info("DMD: %s", found.words())
 
     def cache(self) -> Encoded:  # type: ignore[override]
         return Encoded(self.prompts, self.pool)

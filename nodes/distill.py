@@ -263,7 +263,8 @@ class Distill(io.ComfyNode):
                     options=list(PRESETS),
                     default="Standard",
                     tooltip="; ".join(f"{k}: {v.updates} updates" for k, v in PRESETS.items())
-                    + f", of {PRESETS['Standard'].accumulate} samples each. A run goes on when a longer one is chosen.",
+                    + f", of {PRESETS['Standard'].accumulate} samples each. A run goes on when a longer one is chosen. "
+                    "Another number: updates, under the advanced inputs.",
                 ),
                 method_input(),
                 io.Combo.Input(

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from ..dmd_core.metrics import pairwise_distance
 from ..dmd_core.sheet import sheet
-from .evidence import graph_of
+from ..dmd_core.weights.profiles import ENDINGS
+from .evidence import evidence, graph_of
 from .few_step import Unrecognised, plan
 from .sampler import guider_of, sample_latent
 from .slider_files import NONE, Slider, SliderSet, choices, fitting, slider_of
@@ -81,6 +82,21 @@ class Sweep:
             return ""
         beyond = ", beyond its range" if self.slider.beyond(strength) else ""
         return f"{Path(self.slider.name).stem} {strength:+g}{beyond}"
+
+
+def titles(models: dict[str, Any], graph: Any, node: str) -> dict[str, str]:
+    """What the rows of each input are called: after its file; where two have one file, after the input as well."""
+    files = {name: file_of(model, graph, node, name) for name, model in models.items()}
+    shared = [file for file in files.values() if list(files.values()).count(file) > 1]
+    inputs = {name: name.replace("_", " ") for name in models}
+    return {k: f"{inputs[k]}, {f}" if f in shared and f else f or inputs[k] for k, f in files.items()}
+
+
+def file_of(model: Any, graph: Any, node: str, name: str) -> str:
+    """The LoRA that is nearest to the input, else the checkpoint; nothing where neither has a name."""
+    base, loras = evidence(model, graph, node, name)
+    named = [e.name for e in loras if e.strength and e.name and not e.name.startswith("a LoRA")]
+    return ENDINGS.sub("", (*named, base.name)[0]).replace("_", " ")  # a label breaks at spaces
 
 
 def settings(model: Any, latent: dict[str, Any], steps: int, cfg: float, graph: Any, node: str, name: str) -> tuple:
@@ -213,9 +229,10 @@ class Grid(io.ComfyNode):
         chosen = [int(s) for s in numbers(seeds, "seeds")]
         one, two = Sweep.of(slider, strengths, sliders), Sweep.of(slider_2, strengths_2, sliders)
         flat = two.slider is not None and len(chosen) == 1
+        models = {"model": model} | {k: others[k] for k in MODELS[1:] if others.get(k) is not None}
         axes = [
             (name, m, int(n), s, t)
-            for name, m in [("model", model), *((k, others[k]) for k in MODELS[1:] if others.get(k) is not None)]
+            for name, m in models.items()
             for n in numbers(steps, "steps")
             for s in one.strengths
             for t in ([two.strengths] if flat else [(t,) for t in two.strengths])
@@ -225,7 +242,9 @@ class Grid(io.ComfyNode):
             raise ValueError(f"{len(axes) * len(heads)} images are asked for, {MAX_IMAGES} are accepted; use fewer")
         latent = {**latent, "samples": latent["samples"][:1]}
         rows, left = [], []
-        for row in drawn(axes, (one, two), (positive, negative), vae, latent, chosen, cfg, graph_of(cls.hidden)):
+        at = graph_of(cls.hidden)
+        called = titles(models, *at)
+        for row in drawn(axes, called, (one, two), (positive, negative), vae, latent, chosen, cfg, at):
             (rows if isinstance(row, Row) else left).append(row)
         if not rows:
             raise ValueError("nothing could be sampled: " + "; ".join(left))
@@ -237,6 +256,7 @@ class Grid(io.ComfyNode):
 
 def drawn(
     axes: Sequence[tuple],
+    called: dict[str, str],
     sweeps: tuple[Sweep, Sweep],
     conds: tuple,
     vae: Any,
@@ -249,7 +269,7 @@ def drawn(
     bar, (one, two) = comfy.utils.ProgressBar(len(axes)), sweeps
     for name, model, steps, strength, others in axes:
         flat = len(others) > 1
-        parts = [name.replace("_", " "), one.label(strength), "" if flat else two.label(others[0])]
+        parts = [called[name], one.label(strength), "" if flat else two.label(others[0])]
         label = ", ".join(p for p in parts if p)
         made = []
         try:

@@ -66,6 +66,7 @@ def load_model(student: str | None):
     if student is None:
         return model
     lora, metadata = comfy.utils.load_torch_file(str(shapes.WEIGHTS / student), safe_load=True, return_metadata=True)
+    metadata = {**metadata, "modelspec.title": "shapes student"}  # beside its teacher in a grid
     model, _clip = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0, lora_metadata=metadata)
     return model
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from comfy_server import Server
-from graph_files import FULL_HD, Api, Layout
+from graph_files import SCREEN, Api, Layout
 
-GAP, COLUMN_GAP, GROUP_GAP = 64, 40, 60  # between nodes, columns and groups; a node's title stands in the first
+GAP, COLUMN_GAP, GROUP_GAP = 64, 30, 40  # between nodes, columns and groups; a node's title stands in the first
 PAD, HEADER = 20, 84  # inside of a group: at its sides, above its first node's body
 TITLE = 30  # of a node, above its body
-NOTE_WIDTH, NOTE_LINE, NOTE_CHARACTERS, PARAGRAPH = 460, 18, 70, 12
+NOTE_WIDTH, NOTE_TEXT = 460, 15  # pixels; nodes/web/notes.js sets the size of the text
+LETTERS, NOTE_LINE, FRAME = 1.9, 1.2, 40  # letters in as much of a line as one is high; line height; around the text
 VIEW = {"width": 2000, "height": 1100}
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # a first start greets with a tour
@@ -76,9 +77,9 @@ class Browser:
         found: dict[str, list[float]] = self.page.evaluate(LOAD_API, {"api": api, "name": name})
         return found
 
-    def arranged(self, layout: Layout, sizes: Mapping[str, list[float]]) -> dict[str, Any]:
+    def arranged(self, layout: Layout, note: str, sizes: Mapping[str, list[float]]) -> dict[str, Any]:
         """What is open, laid out, with its note and groups, as the frontend saves it."""
-        ui: dict[str, Any] = self.page.evaluate(ARRANGE, boxes(layout, sizes))
+        ui: dict[str, Any] = self.page.evaluate(ARRANGE, boxes(layout, note, sizes))
         return ui
 
     def opened(self, ui: Mapping[str, Any]) -> "Browser":
@@ -142,12 +143,13 @@ def ours(said: Any, url: str) -> bool:
     return said.type == "error" and not outside and "ERR_" not in said.text
 
 
-def boxes(layout: Layout, sizes: Mapping[str, list[float]]) -> dict[str, Any]:
+def boxes(layout: Layout, words: str, sizes: Mapping[str, list[float]]) -> dict[str, Any]:
     """Where everything stands: the note and the groups from top to bottom while there is height, then from left to
     right; inside of a group its columns side by side. ComfyUI fits a template into its window, and text in nodes is
     drawn only down to a scale of 0.57: a row of all groups would open as grey boxes.
     """
-    note = [NOTE_WIDTH, note_height(layout.note)]
+    width = layout.sizes.get("note", [NOTE_WIDTH])[0]
+    note = [width, note_height(words, width)]
     inner = [group_boxes(group["columns"], layout, sizes) for group in layout.groups]
     corners = stacked([[note[0], note[1] + TITLE], *[size for _, size in inner]])
     nodes, groups = {}, []
@@ -155,7 +157,7 @@ def boxes(layout: Layout, sizes: Mapping[str, list[float]]) -> dict[str, Any]:
         groups.append({"title": group["title"], "box": [left, top, width, height]})
         nodes.update({k: [left + x, top + y, w, h] for k, (x, y, w, h) in placed.items()})
     left, top = corners[0]
-    return {"nodes": nodes, "groups": groups, "note": {"text": layout.note, "box": [left, top + TITLE, *note]}}
+    return {"nodes": nodes, "groups": groups, "note": {"text": words, "box": [left, top + TITLE, *note]}}
 
 
 def group_boxes(
@@ -180,13 +182,19 @@ def stacked(sizes: list[list[float]]) -> list[tuple[float, float]]:
     corners: list[tuple[float, float]] = []
     left, bottom, width = 0.0, -GROUP_GAP, 0.0
     for w, h in sizes:
-        if corners and bottom + GROUP_GAP + h > FULL_HD[1]:
+        if corners and bottom + GROUP_GAP + h > SCREEN[1]:
             left, bottom, width = left + width + GROUP_GAP, -GROUP_GAP, 0.0
         corners.append((left, bottom + GROUP_GAP))
         bottom, width = bottom + GROUP_GAP + h, max(width, w)
     return corners
 
 
-def note_height(text: str) -> float:
-    parts = re.split(r"\n\n|\n(?=- )", text)
-    return 80 + sum(NOTE_LINE * (1 + len(part) // NOTE_CHARACTERS) + PARAGRAPH for part in parts)
+def note_height(text: str, width: float) -> float:
+    """Of Markdown as the frontend draws it: titles twice as large, a line's room between paragraphs, items indented."""
+    height, before = float(FRAME), False
+    for part in re.split(r"\n\n|\n(?=- |\d\. )", re.sub(r"\]\(.*?\)", "]", text.strip())):
+        size, item = (2 if part.startswith("# ") else 1) * NOTE_TEXT, bool(re.match(r"- |\d\. ", part))
+        letters = (width - 20 - 40 * item) / size * LETTERS
+        height += (1 + len(part) // letters) * size * NOTE_LINE + (0 if item and before else NOTE_TEXT)
+        before = item
+    return height + NOTE_TEXT

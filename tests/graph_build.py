@@ -20,6 +20,7 @@ from typing import Any
 
 import comfy_host
 import graph_files
+from graph_browser import NOTE_TEXT
 from graph_files import PACK, WORKFLOWS, Api, Layout
 from PIL import Image, ImageDraw, ImageFont
 
@@ -73,7 +74,7 @@ def build(browser: Any, name: str, schemas: dict[str, Any], version: str) -> Non
     if wrong := graph_files.complaints(api, schemas):
         sys.exit(f"{name}:\n  " + "\n  ".join(wrong))
     graph_files.write_api(name, api)
-    ui = browser.arranged(layout, browser.sizes(name, api))
+    ui = browser.arranged(layout, graph_files.note_of(name), browser.sizes(name, api))
     finish(ui, name, api, layout, version)
     back = graph_files.plain(browser.opened(ui).prompt())
     if back != graph_files.plain(api):
@@ -96,6 +97,7 @@ def finish(ui: dict[str, Any], name: str, api: Api, layout: Layout, version: str
         own = node["type"].startswith("DMD_")
         if node["type"] == "MarkdownNote":
             node.update(color="#432", bgcolor="#653")
+            node["properties"] = {**node.get("properties", {}), "dmd text size": NOTE_TEXT}
             continue
         properties = node.setdefault("properties", {})
         properties["cnr_id"], properties["ver"] = pack() if own else ("comfy-core", version)

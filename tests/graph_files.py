@@ -39,9 +39,9 @@ FILES = {
     "LoadImage": ("image",),
 }
 FOLDERS = {"DMD_Doctor": "file", "DMD_Grid": "slider"}  # ours: inputs that name a model file
-# what may be opened on a screen of 1920 x 1080 with its text readable: ComfyUI fits a template into three quarters of
-# its window (1920 x 900 with the browser's own bars) and draws the text of nodes from a scale of 8/14
-FULL_HD = (0.75 * 1915 * 14 / 8, 0.75 * 900 * 14 / 8)
+# what opens on a usual screen with its text readable: ComfyUI fits a template into three quarters of its window (1600
+# wide on a laptop; 900 high of 1080, with the browser's own bars) and draws the text of nodes from a scale of 8/14
+SCREEN = (0.75 * 1580 * 14 / 8, 0.75 * 900 * 14 / 8)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
 
 Api = dict[str, dict[str, Any]]
@@ -52,11 +52,12 @@ Schemas = Mapping[str, Mapping[str, Any]]
 class Layout:
     """Of a graph, what its API form does not say."""
 
-    note: str  # Markdown: what it does, what to change
+    note: str  # Markdown: what it does, what to change; the list of its files is made, see note_of
     groups: list[dict[str, Any]]  # {"title", "columns": [["1", "2"], ["3"]]}, left to right
     inputs: list[list[str]] = field(default_factory=list)  # of the app view: [node, widget]
     outputs: list[str] = field(default_factory=list)  # of the app view: nodes
-    sizes: dict[str, list[int]] = field(default_factory=dict)  # node -> [width, height] where the usual is too small
+    sizes: dict[str, list[int]] = field(default_factory=dict)  # node or "note" -> [width, height]
+    also: list[str] = field(default_factory=list)  # files that the note speaks of and no loader names
 
 
 def names() -> list[str]:
@@ -81,6 +82,17 @@ def read_layout(name: str) -> Layout:
 def read_models() -> dict[str, dict[str, str]]:
     """file name -> {"url", "directory"}"""
     return tomllib.loads((AUTHORED / "models.toml").read_text(encoding="utf-8"))
+
+
+def note_of(name: str) -> str:
+    """What the note of a graph says: the author's words, and where its files are found and go."""
+    layout, models = read_layout(name), read_models()
+    named = dict.fromkeys(file for _, _, file in named_files(read_api(name)))
+    note = layout.note
+    for head, files in (("Files", named), ("Files of the others", layout.also)):
+        rows = [f"- [{f}]({models[f]['url']}) into `models/{models[f]['directory']}`\n" for f in files]
+        note += "".join([f"\n**{head}**\n\n", *rows]) if rows else ""
+    return note
 
 
 def read_ui(name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def main() -> None:
         keep("variety", rows(plain, drawn(varied, prompt, vae)))
         keep("negative_guidance", rows(plain, drawn(away, prompt, vae)))
         teacher = node("load_shapes", "LoadShapes").execute("teacher").result[0]
-        keep("grid", above(*(grid(m, clip, vae, steps) for m, steps in ((teacher, "40"), (student, "4")))))
+        keep("grid", grid(teacher, student, clip, vae))
 
 
 def keep(name: str, picture: Image.Image) -> None:
@@ -42,20 +42,13 @@ def keep(name: str, picture: Image.Image) -> None:
     print(f"{path.name}: {path.stat().st_size // 1024} KB")
 
 
-def grid(model: Any, clip: Any, vae: Any, steps: str) -> Image.Image:
+def grid(teacher: Any, student: Any, clip: Any, vae: Any) -> Image.Image:
     import torch
 
-    texts = [encoded(clip, text) for text in ("a large red star on light", "")]
+    given = [teacher, *(encoded(clip, text) for text in ("a large red star on light", "")), vae]
     latent = {"samples": torch.zeros(1, 4, 8, 8)}
-    (image,) = node("grid", "Grid").execute(model, *texts, vae, latent, steps=steps, cfg=2.0, cell=96).result[0]
+    (image,) = node("grid", "Grid").execute(*given, latent, steps="40, 4", cfg=2.0, cell=96, model_2=student).result[0]
     return Image.fromarray((image.clamp(0, 1) * 255).byte().cpu().numpy())
-
-
-def above(top: Image.Image, bottom: Image.Image) -> Image.Image:
-    page = Image.new("RGB", (max(top.width, bottom.width), top.height + bottom.height), "white")
-    page.paste(top, (0, 0))
-    page.paste(bottom, (0, top.height))
-    return page
 
 
 def node(file: str, name: str) -> Any:

@@ -109,7 +109,10 @@ else:
         student, lora, loss, sheet, report, run = Distill.execute(**given).result
         assert mm.in_training is False
         assert torch.equal(draw(family, given["model"]), before), "the MODEL that went in has changed"
-        assert "finished" in report
+        first, *rest = report.splitlines()
+        assert first.startswith(f"Run {run}: finished. {updates} of {updates} updates in ")
+        assert f"Best snapshot: update {updates}" in first
+        assert not [line for line in rest if "fits on" in line], "a plan is of no use after the run"
         assert len(loss["loss"]) == updates
         assert all(v == v for v in loss["loss"])
         assert sheet.ndim == 4

@@ -22,6 +22,7 @@ else:
     variety = comfy_host.pack_module("nodes.variety")
     grid = comfy_host.pack_module("nodes.grid")
     few_step = comfy_host.pack_module("nodes.few_step")
+    load_shapes = comfy_host.pack_module("nodes.load_shapes").LoadShapes
     metrics = comfy_host.pack_module("dmd_core.metrics")
     NAMES = [("sd15_eps", "dmd2-sdxl-4step"), ("flux", "flux-schnell")]
 
@@ -59,6 +60,13 @@ else:
         def decode(self, samples):
             return samples[:, :3].movedim(1, -1).sigmoid()
 
+    def test_a_row_of_the_grid_is_called_after_the_file_of_its_model():
+        teacher, student = ((load_shapes.execute(k).result)[0] for k in ("teacher", "student, 4 steps"))
+        rows = grid.titles({"model": teacher, "model_2": student, "model_3": comfy_tiny.patcher("sd15_eps")}, {}, "")
+        assert rows == {"model": "shapes teacher", "model_2": "shapes student", "model_3": "model 3"}
+        same = grid.titles({"model": teacher, "model_2": teacher}, {}, "")
+        assert same == {"model": "model, shapes teacher", "model_2": "model 2, shapes teacher"}
+
     @torch.inference_mode()
     def test_the_grid_shows_each_image_as_it_is_sampled_alone_and_says_what_was_left_out():
         model, other = comfy_tiny.patcher("sd15_eps"), comfy_tiny.patcher("sd15_eps", 1)
@@ -73,7 +81,7 @@ else:
         lines = out[1].splitlines()
         assert sum("seeds differ by" in line for line in lines) == 4
         assert sum("left out" in line for line in lines) == 2  # nobody knows their own number of steps
-        assert "model 2, 3 steps" in out[1]
+        assert "model 2, 3 steps" in out[1]  # nobody knows a file of either
         chosen = grid.settings(model, start, 2, 1.0, {}, "", "model")
         images, seconds = grid.picture_row(chosen, (cond, cond), start, FakeVAE(), [2])
         again, _ = grid.picture_row(chosen, (cond, cond), start, FakeVAE(), [1, 2])

@@ -65,9 +65,21 @@ def test_every_named_file_can_be_found_and_shapes_graphs_name_none(name):
         assert MODELS[file]["url"].startswith("https://")
 
 
+@each
+def test_the_note_says_where_every_file_is_found_and_goes(name):
+    note, also = graph_files.note_of(name), graph_files.read_layout(name).also
+    files = {file for _, _, file in graph_files.named_files(graph_files.read_api(name))}
+    for file in {*files, *also}:
+        assert f"[{file}]({MODELS[file]['url']}) into `models/{MODELS[file]['directory']}`" in note
+    assert ("**Files**" in note) == bool(files)  # the shapes graphs have none
+    assert not files & set(also)
+    words = graph_files.read_layout(name).note
+    assert [file for file in also if file.rpartition(".")[0] not in words] == [], "the text does not speak of it"
+
+
 def test_no_file_is_listed_that_no_graph_names():
     named = {file for name in NAMES for _, _, file in graph_files.named_files(graph_files.read_api(name))}
-    assert set(MODELS) == named
+    assert set(MODELS) == named | {file for name in NAMES for file in graph_files.read_layout(name).also}
 
 
 def test_shapes_graphs_draw_on_the_worlds_own_canvas():
@@ -122,7 +134,7 @@ def test_what_users_open_says_whose_nodes_these_are_and_where_files_are_found(na
 def test_what_users_open_has_a_note_groups_and_the_app_view(name):
     ui, layout = graph_files.read_ui(name), graph_files.read_layout(name)
     (note,) = (n for n in ui["nodes"] if n["type"] == "MarkdownNote")
-    assert note["widgets_values"] == [layout.note]
+    assert note["widgets_values"] == [graph_files.note_of(name)]
     assert [g["title"] for g in ui["groups"]] == [g["title"] for g in layout.groups]
     assert ui["extra"]["linearData"] == {"inputs": layout.inputs, "outputs": layout.outputs}
     for node in ui["nodes"]:
@@ -145,7 +157,7 @@ def test_on_a_usual_screen_a_template_opens_with_readable_text(name):
     """ComfyUI fits it into its window; too wide or too high, and all nodes are grey boxes."""
     ui = graph_files.read_ui(name)
     boxes = [g["bounding"] for g in ui["groups"]] + [[*n["pos"], *n["size"]] for n in ui["nodes"]]
-    for axis, room in enumerate(graph_files.FULL_HD):
+    for axis, room in enumerate(graph_files.SCREEN):
         assert max(b[axis] + b[axis + 2] for b in boxes) - min(b[axis] for b in boxes) <= room
 
 

@@ -24,7 +24,7 @@ else:
     pytest.importorskip("playwright", reason="not run: ComfyUI's Python has no playwright")
 
     from comfy_server import name_files, serving
-    from graph_browser import browsing
+    from graph_browser import NOTE_TEXT, browsing
 
     @pytest.fixture(scope="module")
     def browser(tmp_path_factory):
@@ -80,6 +80,32 @@ else:
         assert low < high
         assert graph_files.plain(browser.prompt()) == graph_files.plain(graph_files.read_api(name))
 
+    SIZES = "() => Object.fromEntries(app.graph.nodes.map(n => [n.id, [...n.size]]))"
+
+    def test_nodes_open_as_large_as_they_were_saved(browser):
+        """A training node has room for its preview; its choice of methods would take it back to its least size."""
+        ui = graph_files.read_ui("Shapes - distill to 4 steps")
+        opened = browser.opened(ui).page.evaluate(SIZES)
+        for node in ui["nodes"]:
+            assert opened[str(node["id"])] == pytest.approx(node["size"], abs=1), node["type"]
+
+    NOTE = """() => {
+        const note = app.graph.nodes.find(n => n.type === 'MarkdownNote').widgets[0].element;
+        const text = note.querySelector('.tiptap');
+        return [parseFloat(getComputedStyle(text).fontSize), text.scrollHeight, text.clientHeight];
+    }"""
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_note_has_large_letters_and_is_not_cut_off(browser, name):
+        browser.opened(graph_files.read_ui(name)).screenshot(PICTURES / "a note.png")
+        size, needed, there = browser.page.evaluate(NOTE)
+        assert size == NOTE_TEXT
+        assert 0 < needed <= there
+        plain = graph_files.read_ui(name)  # the control: other notes stay as they are
+        (note,) = (n for n in plain["nodes"] if n["type"] == "MarkdownNote")
+        note["properties"].pop("dmd text size")
+        assert browser.opened(plain).page.evaluate(NOTE)[0] < NOTE_TEXT
+
     SAY = "text => app.graph.nodes.find(n => n.type === 'DMD_Distill').onExecuted({text: [text]})"
     SAID = """() => {
         const node = app.graph.nodes.find(n => n.type === 'DMD_Distill');
@@ -99,6 +125,24 @@ else:
         assert kept == said
         assert 20 * lines < needed <= there
         assert there < needed + 60, "it takes no more room than it needs"
+
+    IN_A_TAB = "async ([ui, name]) => { await app.loadGraphData(ui, true, true, name); }"
+    DONE = """text => app.api.dispatchCustomEvent('executed', {
+        node: '3', display_node: '3', prompt_id: 'x', output: { text: [text] },
+    })"""
+
+    def test_a_report_is_still_there_after_a_look_at_another_tab(browser):
+        page, mine = browser.page, "Shapes - distill to 4 steps"
+        for name in (mine, "What is this file"):
+            page.evaluate(IN_A_TAB, [graph_files.read_ui(name), name])
+            page.wait_for_timeout(1000)
+            if name == mine:
+                page.evaluate(DONE, "Run shapes student: finished.")
+        assert not page.evaluate("app.graph.nodes.some(n => n.type === 'DMD_Distill')"), "the other tab is open"
+        page.locator(".workflow-tabs-container").get_by_text(mine[:12]).last.click()
+        page.wait_for_function("app.graph.nodes.some(n => n.type === 'DMD_Distill')")
+        page.wait_for_timeout(500)
+        assert page.evaluate(SAID)[0] == "Run shapes student: finished."
 
     @pytest.mark.parametrize("change", ["renamed node", "wrong value", "missing link"])
     def test_a_broken_graph_is_told(browser, change):

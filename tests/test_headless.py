@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracle import ring
 from toy import MLP
 
-from dmd_core import headless, shapes, views
+from dmd_core import headless, shapes, snapshots, views
 from dmd_core.data import Batch
 from dmd_core.denoiser import NetDenoiser, Prediction
 from dmd_core.objectives.dmd2 import DMD2, DMD2Config
@@ -197,6 +197,13 @@ def test_every_method_runs_from_a_file_and_leaves_a_lora(world, method, more, si
     assert (run.snapshots()[-1] / "sheet.png").exists()
     assert run.settings()["file"]["method"]["name"] == method
     assert len(list((folder / "pairs").glob("*.safetensors"))) == (0 if "gan" not in more and method == "dmd2" else 2)
+
+
+def test_the_contact_sheet_says_who_drew_a_row_and_in_how_many_steps(world, monkeypatch):
+    shown, make = [], snapshots.sheet
+    monkeypatch.setattr(snapshots, "sheet", lambda *args: shown.append(args[1]) or make(*args))
+    headless.train_from(write(world, steps=1), say=lambda s: None)
+    assert shown == [["teacher, 2 steps", "student, 4 steps, update 1"]]
 
 
 def test_a_method_knows_how_long_its_run_is(world):

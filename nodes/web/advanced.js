@@ -17,6 +17,11 @@ function folds(node) {
   node.getLayoutWidgets = () => node.widgets?.filter((w) => !w.hidden && shown(w)) ?? [];
   node.isWidgetVisible = (widget) => !node.collapsed && !widget.hidden && shown(widget);
   node.setSize(node.computeSize());
+  const before = node.onConfigure;
+  node.onConfigure = function (saved) {
+    before?.apply(this, arguments);
+    if (saved.size) this.setSize(saved.size); // the inputs of a choice, made anew, have taken it back to the least one
+  };
 }
 
 app.registerExtension({

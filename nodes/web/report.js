@@ -26,17 +26,30 @@ function box(node) {
   return widget;
 }
 
+const speaks = (node) => node?.comfyClass?.startsWith("DMD_") && node.constructor.nodeData?.output_node;
+
+function say(node, output) {
+  const text = output?.text?.join("\n").trim();
+  if (!text) return;
+  box(node).value = text;
+  node.setSize(node.computeSize().map((least, axis) => Math.max(least, node.size[axis])));
+}
+
 app.registerExtension({
   name: "DMD.Report",
   nodeCreated(node) {
-    if (!node.comfyClass?.startsWith("DMD_") || !node.constructor.nodeData?.output_node) return;
+    if (!speaks(node)) return;
     const before = node.onExecuted;
     node.onExecuted = function (output) {
       before?.apply(this, arguments);
-      const text = output?.text?.join("\n").trim();
-      if (!text) return;
-      box(this).value = text;
-      this.setSize(this.computeSize().map((least, axis) => Math.max(least, this.size[axis])));
+      say(this, output);
     };
+  },
+  // another workflow tab makes all nodes anew, and gives back what they had shown
+  onNodeOutputsUpdated(outputs) {
+    for (const [id, output] of Object.entries(outputs)) {
+      const node = app.graph.getNodeById(id) ?? app.graph.getNodeById(Number(id));
+      if (speaks(node)) say(node, output);
+    }
   },
 });
