@@ -263,7 +263,7 @@ else:
 
         monkeypatch.setattr(distill.live, "picture", recorded)
         Distill.execute(**inputs("flux", label, updates=3))
-        assert [k for k, v in shown.items() if v is not None] == [2, 3, "curves"]
+        assert [k for k, v in shown.items() if v is not None] == [1, 2, 3, "curves"]
         (_, curves, _), (_, samples, _) = shown["curves"], shown[2]
         assert samples.height > curves.height > 100
 
