@@ -32,8 +32,8 @@ from .record import NOT_RUN, Table, verdict
 
 STEPS = (1, 2, 4)
 
-TRAIN: dict[str, Any] = {"batch": 32, "rank": 32, "lr": 1e-3, "batches": 128, "without a prompt": 0.5}
-TRAIN |= {"updates, denoising": 800, "updates, 4 steps": 250, "updates, 1 step": 150}
+TRAIN: dict[str, Any] = {"batch": 32, "rank": 32, "lr": 1e-3, "batches": 24, "without a prompt": 0.5}
+TRAIN |= {"updates, denoising": 120, "updates, 4 steps": 25, "updates, 1 step": 15}
 
 State = Mapping[str, Tensor]
 

@@ -1,0 +1,144 @@
+"""LADD on the hole, in a world of four cells that are all 1 or all -1: what the hole holds can be read around it."""
+
+import pytest
+import torch
+from torch import nn
+
+from dmd_core.data import Batch
+from dmd_core.denoiser import NetDenoiser, Prediction
+from dmd_core.discriminators import Discriminator, FeatureReader
+from dmd_core.inpaint import OnCanvas
+from dmd_core.inpaint.partial import places
+from dmd_core.objectives.lazy_ladd import InHole, LazyLADD, LazyLADDConfig
+from dmd_core.schedule import Flow
+from dmd_core.train import TrainConfig, train
+
+WIDTH = 32
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Mixer(nn.Module):
+    """Each of four tokens with the mean of all: [b 1 2 2] -> velocity; `mix` is the feature layer, [b 4 w]."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.out = nn.Sequential(nn.Linear(3, WIDTH), nn.SiLU()), nn.Linear(WIDTH, 1)
+
+    def forward(self, x, timestep, cond):
+        values = x.flatten(1)
+        seen = [values, values.mean(1, keepdim=True).expand_as(values), (timestep / 1000)[:, None].expand_as(values)]
+        return self.out(self.mix(torch.stack(seen, -1))).reshape(x.shape)
+
+
+class Reader(nn.Module):
+    """x0 of some cells from their own state and the mean of the others', as `inpaint.partial` asks for it."""
+
+    schedule, patch = Flow(), 1
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 1))
+
+    def forward(self, x, sigma, cond, rows, context=None):
+        values = x.flatten(1).gather(1, rows)
+        around = torch.zeros(len(x), 1) if context is None else context.mean(1, keepdim=True)
+        seen = [values, around.expand_as(values), sigma[:, None].expand_as(values)]
+        found = self.body(torch.stack(seen, -1)).squeeze(-1)
+        return torch.zeros(len(x), 4).scatter(1, rows, found).reshape(x.shape), values
+
+
+def worlds(n: int, rng: torch.Generator) -> torch.Tensor:
+    sign = 2.0 * torch.randint(2, (n, 1, 1, 1), generator=rng) - 1
+    return sign + 0.05 * torch.randn(n, 1, 2, 2, generator=rng)
+
+
+def batches(seed: int = 1, n: int = 64):
+    rng = generator(seed)
+    while True:
+        yield Batch(None, (n, 1, 2, 2), worlds(n, rng))
+
+
+def lazy(**options) -> tuple[LazyLADD, Reader]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher, student = NetDenoiser(Mixer().requires_grad_(False), Flow(), Prediction.FLOW), Reader()
+    x, sigma = torch.zeros(2, 1, 2, 2), torch.full((2,), 0.5)
+    judge = Discriminator.on(FeatureReader(teacher, teacher.net, ["mix"]), x, sigma, None, generator(), 32)
+    settings = {"sigmas": (1.0,), "adapt": 0, "whole": 0.0, "smallest": 0.2, "largest": 0.6, "noise_mean": 0.0}
+    settings |= {"student_lr": 2e-3, "discriminator_lr": 5e-3, "ema": None, "early_steps": 0, **options}
+    params = dict(student.named_parameters())
+
+    def filler(canvas, hole):
+        return OnCanvas(student, canvas, hole)
+
+    return LazyLADD(teacher, filler, None, params, judge, LazyLADDConfig(**settings), patch=1), student
+
+
+@torch.no_grad()
+def right(student: Reader) -> float:
+    """Share of holes (of one cell) that hold what stands around them."""
+    canvas, rng = worlds(400, generator(9)), generator(10)
+    hole = torch.zeros(400, 4, dtype=torch.bool).scatter(1, torch.randint(4, (400, 1), generator=rng), True)
+    x = torch.randn(canvas.shape, generator=rng)
+    made = OnCanvas(student, canvas, hole)(x, torch.ones(400), None)
+    return ((made - canvas.mean((1, 2, 3), keepdim=True)).flatten(1)[hole].abs() < 0.4).float().mean().item()
+
+
+def learned(**options) -> float:
+    objective, student = lazy(**options)
+
+    def task(batch, canvas, rng):
+        """Of one cell: drawing strokes would be most of the time."""
+        hole = torch.zeros(len(canvas), 4, dtype=torch.bool)
+        hole = hole.scatter(1, torch.randint(4, (len(canvas), 1), generator=rng), True)
+        return hole, objective.filler(canvas, hole)
+
+    objective.task = task
+    for _ in train(objective, batches(), TrainConfig(steps=800, clip=1.0, cooldown=0.3)):
+        pass
+    return right(student)
+
+
+def test_the_student_learns_from_heads_that_are_taught():
+    assert learned() > 0.9
+    assert learned(discriminator_lr=1e-12) < 0.3  # control: heads that stay as they were
+
+
+def test_only_the_tokens_of_the_hole_are_heard():
+    objective, _ = lazy()
+    batch = next(batches(2, 4))
+    objective.terms("student", batch, generator())
+    logits = objective.judge(batch.latents, torch.full((4,), 0.5), None)
+    whole = Discriminator(objective.judge.reader, objective.judge.heads)(batch.latents, torch.full((4,), 0.5), None)
+    rows = places(objective.hole)
+    assert [d.shape for d in logits] == [rows.shape]
+    assert torch.equal(logits[0], whole[0].take_along_dim(rows, 1))
+    # a layer that holds other tokens too is heard whole
+    other = InHole(objective.judge.reader, objective.judge.heads)
+    other.hole = torch.ones(4, 9, dtype=torch.bool)
+    assert other(batch.latents, torch.full((4,), 0.5), None)[0].shape == (4, 4)
+
+
+def test_first_it_denoises_then_it_plays_and_each_learns_its_own():
+    objective, student = lazy(adapt=1)
+    reports = list(train(objective, batches(n=8), TrainConfig(steps=2)))
+    assert list(reports[0].losses) == ["student/adapt"]
+    assert {"student/gan", "discriminator/gan"} <= set(reports[1].losses)
+    heads, own = list(objective.judge.parameters.values()), list(student.parameters())
+    for player, learns, stays in (("student", own, heads), ("discriminator", heads, own)):
+        loss = objective.terms(player, next(batches(n=8)), generator())["gan"]
+        grads = torch.autograd.grad(loss, learns, allow_unused=True, retain_graph=True)
+        assert max(g.abs().max() for g in grads if g is not None) > 0
+        if player == "discriminator":
+            assert all(g is None for g in torch.autograd.grad(loss, stays, allow_unused=True))
+
+
+def test_latents_and_sound_holes_are_asked_for():
+    objective, _ = lazy()
+    with pytest.raises(ValueError, match="lazy inpainting needs latents"):
+        objective.terms("student", Batch(None, (4, 1, 2, 2)), generator())
+    with pytest.raises(ValueError, match="must rise"):
+        lazy(smallest=0.7)
