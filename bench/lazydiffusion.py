@@ -61,16 +61,17 @@ class Renders:
             yield canvas[index].float(), holes(self.batch, rng), self.place.encode(prompts)
 
 
-def prefilled(place: demo.World, count: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Cond]]:
+def prefilled(place: demo.World, count: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Cond, Tensor]]:
     """From so many batches whose holes were filled from around before encoding: no known cell tells what was there."""
     rng, pool = torch.Generator().manual_seed(seed), []
     for _ in range(count):
         scene, mask = world.sample(batch, rng, pairs=0.0), holes(batch, rng)
         pixels = mask.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
-        pool.append((scene, encoded(place, half_hidden.prefilled(half_hidden.framed(scene), pixels)), mask))
+        picture = half_hidden.framed(scene)
+        pool.append((scene, encoded(place, half_hidden.prefilled(picture, pixels)), mask, encoded(place, picture)))
     while True:
-        scene, canvas, mask = pool[int(torch.randint(count, (), generator=rng))]
-        yield canvas.float(), mask, place.encode(spoken(scene, rng))
+        scene, canvas, mask, whole = pool[int(torch.randint(count, (), generator=rng))]
+        yield canvas.float(), mask, place.encode(spoken(scene, rng)), whole.float()
 
 
 def spoken(scene: world.Scene, rng: torch.Generator) -> list[str]:

@@ -270,6 +270,16 @@ def test_filled_before_encoding_nothing_tells_what_was_there(bench):
         assert difference(lambda p: p) > 0.1  # control
     batch = next(bench.prefilled(place, 1, 4, 0))
     assert [tuple(v.shape) for v in batch[:2]] == [(4, 16, 16, 16), (4, 16, 16)]
+    # what is learned is what the hole hides, not what it was filled with
+    hidden = (batch[1][:, None] > 0).expand_as(batch[0])
+    assert (batch[3] - batch[0])[hidden].abs().mean() > 0.1
+    objective = objective_of(LazyDiffusion(place.net, place.encode([""])))
+    rng = torch.Generator()
+    losses = [
+        objective.terms("student", given, rng.manual_seed(0)) for given in (batch, batch[:3], (*batch[:3], batch[0]))
+    ]
+    assert losses[0]["flow"] != losses[1]["flow"]
+    assert losses[1]["flow"] == losses[2]["flow"]  # control
 
 
 def test_the_table_says_that_the_control_fails(bench):
