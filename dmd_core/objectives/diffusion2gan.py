@@ -143,7 +143,7 @@ class Diffusion2GAN:
             terms["mismatched"] = torch.stack([F.softplus(d).mean() for d in wrong]).mean()
         if c.r1_weight and self.step % c.r1_every == 0:
             one = pick(batch.cond, torch.arange(1))
-            seed = int(torch.randint(2**31, (1,), generator=rng, device=rng.device))
+            seed = int(torch.randint(2**31, (), generator=rng, device=rng.device))
 
             def judge(u: Tensor) -> list[Tensor]:
                 again = torch.Generator(rng.device).manual_seed(seed)  # the same noise for both evaluations

@@ -113,7 +113,8 @@ def student_input(
     Backward simulation (DMD2 sec. 4.5) walks there without gradient from pure noise; otherwise the batch's latents are
     noised, and pure noise takes their place at the first level, so that no signal leaks in.
     """
-    drawn = torch.randint(len(sigmas), (1,), generator=rng, device=rng.device)
+    # without axes: with one row in each of many processes, [1] would be a draw of rows, and each would have its own k
+    drawn = torch.randint(len(sigmas), (), generator=rng, device=rng.device)
     k = int(drawn) if len(sigmas) > 1 else 0  # reading it makes the host wait for the device
     z = gaussian(batch.shape, rng, dtype)
     if k and not simulate:
