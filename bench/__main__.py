@@ -1,4 +1,4 @@
-"""python -m bench TABLE | all | cuda [--dry] | settings | chart | page, from the repository's root. One table each."""
+"""python -m bench TABLE | all | cuda [--dry] | gpu_training [--dry] | settings | chart | page, from the repository."""
 
 import sys
 from collections.abc import Callable
@@ -44,6 +44,10 @@ def main(args: list[str]) -> None:
             from .cuda import main as on_cuda
 
             on_cuda(dry="--dry" in args)
+        case ["gpu_training"] | ["gpu_training", "--dry"]:
+            from .gpu_training import main as on_gpu
+
+            on_gpu(dry="--dry" in args)
         case ["settings"]:
             from .memory import settings
 
@@ -63,7 +67,9 @@ def main(args: list[str]) -> None:
         case [name, *row] if name in ORDER and len(row) <= (name == HOURS):
             print(make(name, *row).write("cpu", f"python -m bench {name}"))
         case _:
-            raise SystemExit(f"give one of {', '.join((*ORDER, 'all', 'cuda', 'settings', 'chart', 'page'))}")
+            raise SystemExit(
+                f"give one of {', '.join((*ORDER, 'all', 'cuda', 'gpu_training', 'settings', 'chart', 'page'))}"
+            )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     for name in (
         "cuda",
+        "gpu_training",
         "inpainting_quality",
         "lazy_canvas",
         "memory",
@@ -125,9 +126,25 @@ def test_both_sides_of_the_training_table_train_the_same_network(bench):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_cuda_tier_writes_nothing(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.record, "RESULTS", tmp_path)
-    with pytest.raises(SystemExit, match="not run"):
-        bench.cuda.main()
+    for work in (bench.cuda, bench.gpu_training):
+        with pytest.raises(SystemExit, match="not run"):
+            work.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_on_one_gpu_goes_through_on_a_cpu_and_keeps_nothing(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.record, "RESULTS", tmp_path)
+    features = demo.held_out_features
+    monkeypatch.setattr(demo, "held_out_features", lambda world: features(world, 128))
+    bench.gpu_training.main(dry=True)
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    assert all(f"'what': '{name}'" in said for name in ("teacher_40", "teacher_4", "student_4"))
+    assert "frechet over teacher's 4" in said
+    # what it says holds where the student is no further away than the teacher in as many steps, and else not
+    for far, word in ((1.0, "asked: holds"), (1.1, "does not hold")):
+        rows = {k: {"frechet": v} for k, v in (("teacher_4", 10.0), ("student_4", 10 * far))}
+        assert word in bench.gpu_training.claim(rows)
 
 
 # --- memory on paper
