@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .alarms import alarms
 from .curves import curves
 from .plan import duration
 from .processes import ALONE, Processes, Shared, SharedBatches
 from .runs import Run, Say, Unwritable, step_of
+from .shards import collected
 from .snapshots import DIVERSE, Gallery, Measures, Reference, best, fill, read_measures, write_student
 from .train import NonFinite, Objective, Report, Seekable, TrainConfig, train
 from .trainstate import TrainState
@@ -157,6 +159,15 @@ class Session:
     def first(self) -> bool:
         return self.processes.rank == 0
 
+    @property
+    def takes_part(self) -> bool:
+        """Sharded weights cannot be looked at or saved by the first process alone."""
+        return self.first or self.state.sharded
+
+    def agreed(self, value: bool) -> bool:
+        """What the first process decides, where the others have to do it with it."""
+        return bool(self.processes.share(int(value))) if self.state.sharded else value
+
     def begin(self, about: Mapping[str, Any]) -> None:
         """Loads the newest sound state into every process; the first one tidies the folder."""
         if self.first:
@@ -181,18 +192,19 @@ class Session:
         stop = ""
         if self.settings.stop_minutes and self.processes.share(int(bool(late))) and report.step < self.config.steps:
             stop = f"stopped after {self.settings.stop_minutes:g} minutes"
-        if not self.first:
+        if not self.takes_part:
             return Progress(report, self.config.steps, 0.0, stop=stop)
-        record = asdict(report)
-        self.history.append(record)
-        self.run.log(record)
+        if self.first:
+            record = asdict(report)
+            self.history.append(record)
+            self.run.log(record)
         done = report.step == self.config.steps
         picture = self.draw_preview() if self.shows(report.step) else None
         snapshot = self.take_snapshot() if done or self.due(report.step, self.settings.snapshot_every) else None
-        news = self.new_alarms() if snapshot or self.due(report.step, ALARM_EVERY) else ()
+        news = self.new_alarms() if self.first and (snapshot or self.due(report.step, ALARM_EVERY)) else ()
         minutes = (time.monotonic() - self.saved_at) / 60
-        save = done or stop or self.due(report.step, self.settings.save_every)
-        saved = self.save() if save or 0 < self.settings.save_minutes <= minutes else None
+        save = done or bool(stop) or self.due(report.step, self.settings.save_every)
+        saved = self.save() if self.agreed(save or 0 < self.settings.save_minutes <= minutes) else None
         left = self.seconds_per_step() * (self.config.steps - report.step)
         return Progress(report, self.config.steps, left, news, picture, snapshot, saved, stop)
 
@@ -209,9 +221,11 @@ class Session:
         last = [r["seconds"] for r in self.history[-20:] if r.get("seconds")]
         return sum(last) / len(last) if last else 0.0
 
-    def save(self, meta: Mapping[str, Any] | None = None) -> Path:
+    def save(self, meta: Mapping[str, Any] | None = None) -> Path | None:
         self.refuse_broken()
-        path = self.run.save(self.state, self.settings.keep, meta)
+        path = self.run.save(self.state, self.settings.keep, meta) if self.first else None
+        if not self.first:
+            self.state.join()
         self.saved_at, self.saved_step = time.monotonic(), self.state.step
         return path
 
@@ -229,7 +243,8 @@ class Session:
         name = self.settings.player
         with self.state.averaged(name) if name in self.state.params else nullcontext():
             picture = self.preview()
-        self.run.write_picture("previews/latest.png", picture)
+        if self.first:
+            self.run.write_picture("previews/latest.png", picture)
         return picture
 
     def take_snapshot(self) -> Path | None:
@@ -238,19 +253,25 @@ class Session:
         if name not in self.state.params:
             return None
         self.refuse_broken()
-        with self.run.new_snapshot(step) as folder, self.state.averaged(name):
-            if self.gallery is None:
-                write_student(folder, self.state.params[name], step)
-            else:
-                if self.reference is None:
-                    self.reference = Reference.at(self.run.path / REFERENCE, self.gallery)
-                with torch.no_grad():
-                    images = self.gallery.student()
-                fill(folder, self.state.params[name], step, images, self.gallery, self.reference)
+        with self.state.averaged(name):
+            student = collected(self.state.params[name], keep=self.first)
+            with torch.no_grad():
+                images = self.gallery.student() if self.gallery else None
+            if not self.first:
+                return None
+            self.write_snapshot(step, student, images)
         self.run.write_picture("curves.png", curves(loss_series(self.history)))
         self.bound_snapshots()
         self.write_report("running")
         return self.run.path / "snapshots" / f"step_{step:08d}"
+
+    def write_snapshot(self, step: int, student: Mapping[str, Tensor], images: Tensor | None) -> None:
+        with self.run.new_snapshot(step) as folder:
+            if self.gallery is None or images is None:
+                return write_student(folder, student, step)
+            if self.reference is None:
+                self.reference = Reference.at(self.run.path / REFERENCE, self.gallery)
+            fill(folder, student, step, images, self.gallery, self.reference)
 
     def bound_snapshots(self) -> None:
         chosen, found = best_snapshot(self.run), self.run.snapshots()
@@ -274,12 +295,14 @@ class Session:
         )
 
     def finish(self) -> None:
-        if self.first and self.state.step != self.saved_step:
+        if not self.takes_part:
+            return
+        if self.agreed(self.state.step != self.saved_step):
             self.save()
+        whole = self.state.step >= self.config.steps
+        if self.agreed(whole and self.state.step not in map(step_of, self.run.snapshots())):
+            self.take_snapshot()  # a run that was cancelled in its very last pictures has a state of that step
         if self.first:
-            whole = self.state.step >= self.config.steps
-            if whole and self.state.step not in map(step_of, self.run.snapshots()):
-                self.take_snapshot()  # a run that was cancelled in its very last pictures has a state of that step
             self.write_report("finished" if whole else "stopped by the time limit; start it again to go on")
 
     def failed(self, why: str) -> None:
@@ -287,8 +310,11 @@ class Session:
             self.write_report(f"stopped: {why}")
 
     def rescue(self) -> None:
-        """Saves what a cancelled run has. An exception on the way must not hide the one that is passing."""
-        if not self.first or self.state.step + sum(self.state.counters.values()) == 0:
+        """Saves what a cancelled run has. An exception on the way must not hide the one that is passing.
+
+        Shards are not saved: nobody knows whether the other processes are cancelled too, and when.
+        """
+        if not self.first or self.state.sharded or self.state.step + sum(self.state.counters.values()) == 0:
             return
         try:
             with torch.inference_mode(False):

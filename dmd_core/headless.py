@@ -41,7 +41,7 @@ from .snapshots import Gallery
 from .sources import Source, load_source
 from .train import mix
 from .views import SHOWN_HOLES, preview_of
-from .weights.checkpoint import base_hash
+from .weights.checkpoint import base_hash, replace_weights, save_model
 from .weights.lora import save_lora
 from .weights.recipe import Recipe
 
@@ -133,9 +133,10 @@ class Job:
 
     def fixed(self) -> dict[str, Any]:
         """What a run keeps from its first step to its last, beside the settings that its states are marked with."""
-        lora = self.file.lora
+        lora, full = self.file.lora, self.file.model.full
         model = {"name": Path(self.file.model.path).name, "hash": self.identity()}
-        return {"model": model, "layers": lora.layers, "rank": lora.rank, "critic rank": lora.critic_rank or lora.rank}
+        sets = {"layers": lora.layers, "rank": lora.rank, "critic rank": lora.critic_rank or lora.rank}
+        return {"model": model, "training": "whole copies" if full else "LoRA sets", **({} if full else sets)}
 
     def refuse_other(self) -> None:
         """Another model of the same family would go on from these states, and be judged by the old one's pictures."""
@@ -178,6 +179,7 @@ class Job:
             checkpointing=self.file.model.checkpointing,
             batch=self.file.data.batch,
             first=self.method.settled,
+            copies=self.method.copies,
         )
 
     # --- data
@@ -279,26 +281,41 @@ class Job:
             prediction=self.source.denoiser.prediction.value,
             base=Path(self.file.model.path).name,
             base_hash=self.identity(),
-            rank=self.file.lora.rank,
+            rank=0 if self.file.model.full else self.file.lora.rank,
             trained_on=data,
         )
 
     def identity(self) -> str:
         """Of the base; from its file where that is one, since a network in memory may have other names."""
+        return base_hash(self.base_file() or self.source.net)
+
+    def base_file(self) -> Path | None:
         path = Path(self.file.where) / self.file.model.path
-        return base_hash(path if path.suffix == ".safetensors" and path.is_file() else self.source.net)
+        return path if path.suffix == ".safetensors" and path.is_file() else None
 
     def export(self) -> Path | None:
-        """The best snapshot as a LoRA file that ComfyUI loads."""
+        """The best snapshot as a LoRA file that ComfyUI loads, or as a model where all of it was trained."""
         chosen = best_snapshot(self.run)
         if chosen is None or self.run.states() == []:
             return None
         recipe = self.recipe(f"{len(self.prompts)} prompts, {chosen.name}")
         names = [n for n, _ in self.source.net.named_modules()]
         state = load_file(chosen / "student.safetensors")
-        path = save_lora(self.run.path / "lora", self.run.name, state, names, family=self.source.family, recipe=recipe)
+        family = self.source.family
+        if self.file.model.full:
+            path = self.export_copy(state, recipe)
+        else:
+            path = save_lora(self.run.path / "lora", self.run.name, state, names, family=family, recipe=recipe)
         self.say(f"the student of {chosen.name} is in {path}")
         return path
+
+    def export_copy(self, state: Mapping[str, Tensor], recipe: Recipe) -> Path:
+        """As the base came: in its file's layout with all else that is in the file, or the network alone."""
+        folder, name, base, family = self.run.path / "model", self.run.name, self.base_file(), self.source.family
+        if base is not None:
+            return replace_weights(folder, name, base, state, family, recipe=recipe)
+        whole = {k: state.get(k, v).to(v.dtype) for k, v in self.source.net.state_dict().items()}
+        return save_model(folder, name, whole, family, recipe=recipe, dtype=None)
 
 
 def named_change(name: str, before: Any, now: Any) -> str:
@@ -351,7 +368,7 @@ def prepare(path: Path, resume: bool, say: Say) -> Job:
     source.free_text()
     pool, negative = (cache.encode(p).to(source.device) for p in (prompts, [""]))
     bank = AdapterBank(source.net, source.family.targets(file.lora.layers))  # type: ignore[arg-type]
-    method = methods.build(file, source, bank, pool, negative)
+    method = methods.build(file, source, bank, pool, negative, processes)
     if file.model.checkpointing:
         source.checkpoint(bank)
     return Job(file, source, bank, run, prompts, pool, negative, method, processes, say)

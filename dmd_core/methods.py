@@ -1,14 +1,15 @@
-"""The methods, put together on one frozen network: which LoRA sets, which heads, which data each of them needs."""
+"""The methods, put together on one frozen network: which LoRA sets (or copies), heads and data each of them needs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import Adapted, AdapterBank
 from .conditioning import Cond
+from .copies import copied, refuse_copies
 from .denoiser import Denoiser
 from .discriminators import Discriminator, FeatureReader
 from .inpaint import Filler, OnCanvas
@@ -18,6 +19,7 @@ from .objectives.dmd2 import DMD2
 from .objectives.ladd import LADD
 from .objectives.lazy_inpaint import LazyInpaint
 from .objectives.rectified_flow import RectifiedFlow
+from .processes import ALONE, Processes
 from .runfile import CONFIGS, RunFile
 from .train import Objective
 
@@ -30,7 +32,7 @@ class Made:
     """An objective, and what the run around it has to know."""
 
     objective: Objective
-    student: Adapted
+    student: Denoiser
     sigmas: tuple[float, ...]  # that the student is sampled at, without the final 0
     gamma: float | None = 1.0  # stochasticity of its sampling; None: plain Euler
     guidance: float = 1.0  # of the teacher
@@ -40,7 +42,16 @@ class Made:
     cfg: float = 1.0  # that the student is sampled with
     tuples: bool = False  # batches are (x0, cond, eps)
     filler: Filler | None = None  # a student that fills holes in canvases
+    copies: int = 0  # of the whole network, that learn
     settled: int = 0  # the update from which on all cost the same
+
+
+class Learner(NamedTuple):
+    """A player: its view of the network, what of it learns, and the network whose layers can be read."""
+
+    view: Denoiser
+    params: Mapping[str, nn.Parameter]
+    net: nn.Module
 
 
 @dataclass
@@ -53,10 +64,13 @@ class Bench:
     pool: Cond
     negative: Cond
     rng: torch.Generator
+    processes: Processes = ALONE
+    copies: int = 0
 
     @property
-    def teacher(self) -> Adapted:
-        return Adapted(self.source.denoiser, self.bank, {})
+    def teacher(self) -> Learner:
+        """Who learns nothing."""
+        return Learner(Adapted(self.source.denoiser, self.bank, {}), {}, self.source.net)
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -71,37 +85,45 @@ class Bench:
         cls = CONFIGS[self.file.method.name]
         return cls(**(options | {"sigmas": self.sigmas} if "sigmas" in cls.__dataclass_fields__ else options))  # type: ignore[attr-defined]
 
-    def lora(self, name: str, rank: int = 0) -> tuple[Adapted, Mapping[str, nn.Parameter]]:
+    def learner(self, name: str, rank: int = 0) -> Learner:
+        """A LoRA set on the frozen network, or a copy of all of it."""
+        if self.file.model.full:
+            self.copies += 1
+            return Learner(*copied(self.source, self.bank, self.file.model.checkpointing, self.processes))
         self.bank.new(name, rank or self.file.lora.rank, self.rng)
-        return Adapted(self.source.denoiser, self.bank, {name: 1.0}), self.bank.parameters(name)
+        view = Adapted(self.source.denoiser, self.bank, {name: 1.0})
+        return Learner(view, self.bank.parameters(name), self.source.net)
 
-    def reader(self, view: Adapted) -> FeatureReader:
-        names = [n for n, _ in self.source.net.named_modules()]
-        return FeatureReader(view, self.source.net, self.source.family.feature_layers(names, self.file.method.features))
+    def reader(self, who: Learner) -> FeatureReader:
+        names = [n for n, _ in who.net.named_modules()]
+        return FeatureReader(who.view, who.net, self.source.family.feature_layers(names, self.file.method.features))
 
-    def discriminator(self, view: Adapted) -> Discriminator:
+    def discriminator(self, who: Learner) -> Discriminator:
         x = torch.zeros((2, *self.source.shape), device=self.source.device)
         sigma = torch.full((2,), self.sigmas[0] / 2, device=self.source.device)
         cond = self.pool.take(torch.zeros(2, dtype=torch.long))
-        return Discriminator.on(self.reader(view), x, sigma, cond, self.rng, self.file.method.head_width)
+        return Discriminator.on(self.reader(who), x, sigma, cond, self.rng, self.file.method.head_width)
 
 
-def build(file: RunFile, source: "Source", bank: AdapterBank, pool: Cond, negative: Cond) -> Made:
+def build(
+    file: RunFile, source: "Source", bank: AdapterBank, pool: Cond, negative: Cond, processes: Processes = ALONE
+) -> Made:
     rng = torch.Generator().manual_seed(file.train.seed)
-    return BUILDERS[file.method.name](Bench(source, bank, file, pool, negative, rng))
+    if file.model.full:
+        refuse_copies(file, source, processes)
+    bench = Bench(source, bank, file, pool, negative, rng, processes)
+    return replace(BUILDERS[file.method.name](bench), copies=bench.copies)
 
 
 def dmd2(bench: Bench, cls: type[DMD2] = DMD2) -> Made:
     config = bench.config()
-    student, student_params = bench.lora("student")
-    critic, critic_params = bench.lora("critic", bench.file.lora.critic_rank)
+    student, critic = bench.learner("student"), bench.learner("critic", bench.file.lora.critic_rank)
+    views = bench.teacher.view, student.view, critic.view
     discriminator = gan(bench, config, critic)
-    objective = cls(
-        bench.teacher, student, critic, bench.negative, student_params, critic_params, config, discriminator
-    )
+    objective = cls(*views, bench.negative, student.params, critic.params, config, discriminator)
     return Made(
         objective=objective,
-        student=student,
+        student=student.view,
         sigmas=config.sigmas,
         gamma=None if config.trajectory else config.gamma,
         guidance=config.guidance,
@@ -111,7 +133,15 @@ def dmd2(bench: Bench, cls: type[DMD2] = DMD2) -> Made:
     )
 
 
-def gan(bench: Bench, config: Any, critic: Adapted) -> Discriminator | None:
+def dmd(bench: Bench) -> Made:
+    made = dmd2(bench, DMD)
+    if bench.config().regression == "perceptual":
+        assert isinstance(made.objective, DMD)
+        made.objective.distance = Perceptual(bench.reader(bench.teacher))
+    return made
+
+
+def gan(bench: Bench, config: Any, critic: Learner) -> Discriminator | None:
     if not config.gan_weight:
         return None
     return bench.discriminator(critic if config.gan_features == "critic" else bench.teacher)
@@ -124,26 +154,25 @@ def lazy_inpaint(bench: Bench) -> Made:
             "lazy inpainting computes some of a transformer's tokens, which this model cannot do here; train Flux, "
             "SD3, Qwen-Image or Z-Image in ComfyUI, or the embedded shapes. UNets are cropped instead (Prepare Inpaint)"
         )
-    student, student_params = bench.lora("student")
-    critic, critic_params = bench.lora("critic", bench.file.lora.critic_rank)
+    student, critic = bench.learner("student"), bench.learner("critic", bench.file.lora.critic_rank)
 
     def filler(canvas: Tensor, hole: Tensor) -> Denoiser:
         return Adapted(OnCanvas(net, canvas, hole), bench.bank, {"student": 1.0})
 
     objective = LazyInpaint(
-        bench.teacher,
+        bench.teacher.view,
         filler,
-        critic,
+        critic.view,
         bench.negative,
-        student_params,
-        critic_params,
+        student.params,
+        critic.params,
         config,
         gan(bench, config, critic),
         net.patch,
     )
     return Made(
         objective=objective,
-        student=student,
+        student=student.view,
         sigmas=config.sigmas,
         gamma=None if config.trajectory else config.gamma,
         guidance=config.guidance,
@@ -156,28 +185,28 @@ def lazy_inpaint(bench: Bench) -> Made:
 
 def ladd(bench: Bench) -> Made:
     config = bench.config()
-    student, params = bench.lora("student")
+    student, params, _ = bench.learner("student")
     objective = LADD(student, params, bench.discriminator(bench.teacher), config, bench.file.train.steps)
     return Made(objective=objective, student=student, sigmas=config.sigmas, needs_latents=True, takes_pictures=True)
 
 
 def diffusion2gan(bench: Bench) -> Made:
     config = bench.config()
-    student, params = bench.lora("student")
-    trunk, trunk_params = bench.lora("discriminator", bench.file.lora.critic_rank)
+    student, params, _ = bench.learner("student")
+    trunk = bench.learner("discriminator", bench.file.lora.critic_rank)
     side = bench.source.shape[1:]
     if min(side) < 8:
         raise ValueError(f"Diffusion2GAN judges at half size too, and latents are {side}; use a larger picture size")
     heads = [bench.discriminator(trunk) for _ in range(2)]  # full and half size
     noise = noise_input(bench.source.shape[0]).to(bench.source.device)
     objective = Diffusion2GAN(
-        student, params, Perceptual(bench.reader(bench.teacher)), heads, trunk_params, noise, config
+        student, params, Perceptual(bench.reader(bench.teacher)), heads, trunk.params, noise, config
     )
     return Made(objective=objective, student=student, sigmas=config.sigmas, needs_latents=True)
 
 
 def reflow(bench: Bench) -> Made:
-    student, params = bench.lora("student")
+    student, params, _ = bench.learner("student")
     objective = RectifiedFlow(student, params, bench.config())
     return Made(objective=objective, student=student, sigmas=bench.sigmas, gamma=None, needs_latents=True, tuples=True)
 
@@ -190,7 +219,7 @@ def rectified_flow(bench: Bench) -> Made:
 
 BUILDERS: dict[str, Callable[[Bench], Made]] = {
     "dmd2": dmd2,
-    "dmd": lambda bench: dmd2(bench, DMD),
+    "dmd": dmd,
     "ladd": ladd,
     "diffusion2gan": diffusion2gan,
     "reflow": reflow,

@@ -28,6 +28,7 @@ class Plan:
     averages: int
     optimizer: int
     peak: float | None
+    copies: int = 0  # players that train a whole copy of the network
     advice: tuple[str, ...] = ()
 
     @property
@@ -54,6 +55,9 @@ class Plan:
             f"on this {self.device}, measured on two steps",
             f"kept in memory: {kept} + {size(self.averages)} averages = {size(self.parameters)}",
         ]
+        if self.copies:
+            state = self.trained + self.averages + self.optimizer
+            lines.append(f"{self.copies} whole copies of the network learn; a saved state takes {size(state)} of disk")
         if self.peak is None:
             lines.append("peak memory: not measured. A CPU does not count activations: plan again on the GPU itself")
         elif self.peak == float("inf"):
@@ -73,10 +77,11 @@ def plan(
     batch: int = 0,
     steps_done: int = 0,
     first: int = 0,
+    copies: int = 0,
 ) -> Plan:
     """Runs two steps and takes them back: parameters are what they were afterwards, to the bit.
 
-    first: the step from which on all cost the same.
+    first: the step from which on all cost the same. copies: players that train whole copies of the network.
     """
     device = next(iter(next(iter(objective.players.values())).params.values())).device
     before = {k: {n: p.detach().cpu().clone() for n, p in pl.params.items()} for k, pl in objective.players.items()}
@@ -112,6 +117,7 @@ def plan(
         averages=sum(nbytes(v) for average in state.ema.values() for v in average.values()),
         optimizer=optimizer_bytes(state),
         peak=peak,
+        copies=copies,
     )
     return replace(made, advice=tuple(advice(made, config, checkpointing, batch)))
 
@@ -155,7 +161,11 @@ def advice(made: Plan, config: TrainConfig, checkpointing: bool, batch: int) -> 
         found.append(f"batch 1 with accumulate x {batch}: the same update{share}")
     if config.optimizer == "adamw":
         found.append(f"optimizer 'adamw8bit': about {size(0.75 * made.optimizer)} less")
-    found.append(f"half the LoRA rank: about {size((made.trained + made.averages + made.optimizer) / 2)} less")
+    learning = made.trained + made.averages + made.optimizer
+    if made.copies:
+        found.append(f"LoRA sets instead of whole copies (full = false): nearly all of {size(learning)} less")
+    else:
+        found.append(f"half the LoRA rank: about {size(learning / 2)} less")
     found.append(f"an fp8 base: up to {size(made.base / 2)} less, if it is bf16 now")
     found.append("a smaller picture size")
     return found

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .conditioning import Cond
 from .data import Batch
+from .shards import is_shard
 from .train import Objective, Player, Reactive, Seekable
 
 DRAWS = (torch.randn, torch.rand, torch.randint, torch.multinomial)
@@ -68,6 +69,7 @@ class Accelerated:
 
     def mean(self, tensors: list[Tensor]) -> None:
         """One message per dtype: thousands of small LoRA tensors would spend their time on latency."""
+        tensors = [t for t in tensors if not is_shard(t)]  # FSDP averaged those
         for dtype in {t.dtype for t in tensors}:
             group = [t for t in tensors if t.dtype == dtype]
             flat = self.accelerator.reduce(torch.cat([t.reshape(-1) for t in group]), reduction="mean")

@@ -59,6 +59,7 @@ class ModelSettings:
     size: int = 0  # pixels, each side; 0: the model's own
     height: int = 0  # where it is not that of a square
     checkpointing: bool = True
+    full: bool = False  # every player trains a whole copy of the network instead of a LoRA set
     probe: bool = True  # refuse what is no teacher
 
 

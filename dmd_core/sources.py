@@ -39,6 +39,7 @@ class Source:
     pictures: Callable[[Tensor], Tensor] | None = None  # latents -> [n 3 h w] in -1..1
     features: Callable[[Tensor], Tensor] | None = None  # pictures -> [n d], to compare them in
     partial: Partial | None = None  # the network, some of its tokens at a time
+    view: Callable[[nn.Module, bool], NetDenoiser] | None = None  # of a copy of the network, checkpointed or not
 
 
 def load_source(model: "ModelSettings", device: torch.device) -> Source:
@@ -78,6 +79,7 @@ def shapes_source(model: "ModelSettings", device: torch.device) -> Source:
         pictures=torch.no_grad()(lambda latents: autoencoder.decode(latents).clamp(-1, 1)),
         features=features if size == height == SHAPES_SIZE else None,
         partial=shapes.teacher.Partial(net),
+        view=lambda copied, _checkpointing: shapes.teacher.denoiser(copied),
     )
 
 
@@ -103,6 +105,7 @@ def diffusers_source(model: "ModelSettings", device: torch.device) -> Source:
         encode=encode,
         free_text=bundle.drop_text_encoders,
         checkpoint=bundle.checkpoint_blocks,
+        view=bundle.view,
         pictures=torch.no_grad()(lambda latents: bundle.to_images(latents).clamp(-1, 1)) if has_vae else None,
     )
 

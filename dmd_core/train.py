@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from . import shards
 from .trainstate import TrainState
 
 log = logging.getLogger(__name__)
@@ -141,13 +142,14 @@ def update(
         sums = {k: sums.get(k, 0.0) + v.detach() for k, v in terms.items()}
     means = {k: v / player.accumulate for k, v in sums.items()}
     if player.accumulate > 1:
-        torch._foreach_div_(grads, player.accumulate)
+        torch._foreach_div_([shards.own(g) for g in grads], player.accumulate)
     if reduce is not None:
         reduce(grads)
     for p, g in zip(player.params.values(), grads, strict=True):
         p.grad = g
     # an infinite bound measures the norm without clipping
-    norm = nn.utils.clip_grad_norm_(list(player.params.values()), config.clip or float("inf"))
+    clip = shards.clip if state.sharded else nn.utils.clip_grad_norm_
+    norm = clip(list(player.params.values()), config.clip or float("inf"))
     refuse_nonfinite(name, means, norm, state.step)
     state.apply(name, player, player.lr * lr_factor(config, state.step, state.counters[name]))
     if isinstance(objective, Reactive):
@@ -170,7 +172,10 @@ def gradients(terms: Mapping[str, Tensor], player: Player, name: str, state: Tra
     """d(sum of terms)/d(params). A parameter that no term reaches is named once and gets a zero gradient."""
     total = torch.stack([v.float() if v.dtype.itemsize < 4 else v for v in terms.values()]).sum()
     params = list(player.params.values())
-    grads = torch.autograd.grad(total, params, allow_unused=True)
+    if state.sharded:
+        grads = shards.gradients(total, params)
+    else:
+        grads = list(torch.autograd.grad(total, params, allow_unused=True))
     unreached = [k for k, g in zip(player.params, grads, strict=True) if g is None]
     if len(unreached) == len(params):
         raise ValueError(

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .shards import collected, fill, gathered, is_shard, part_of
+
 if TYPE_CHECKING:
     from .train import Objective, Player, TrainConfig
 
@@ -31,6 +33,8 @@ class TrainState:
         self.config_hash = config_hash(config, getattr(objective, "config", None))
         self.seed = config.seed
         self.params = {k: dict(p.params) for k, p in objective.players.items()}
+        # each process holds a part: all of them have to take part in whatever uses the parameters
+        self.sharded = any(is_shard(p) for params in self.params.values() for p in params.values())
         self.optimizers = {k: optimizer(p, config) for k, p in objective.players.items()}
         self.ema = {
             k: {n: v.detach().clone() for n, v in p.params.items()}
@@ -60,7 +64,9 @@ class TrainState:
     def broken(self) -> list[str]:
         """Players with a parameter that holds NaN or infinities."""
         # one device sync for all of them; a sum is finite only if all that went in is
-        sums = [torch.stack([p.float().abs().sum() for p in ps.values()]).sum() for ps in self.params.values()]
+        sums = [
+            torch.stack([gathered(p.float().abs().sum()) for p in ps.values()]).sum() for ps in self.params.values()
+        ]
         return [k for k, s in zip(self.params, sums, strict=True) if not s.isfinite()]
 
     @contextmanager
@@ -76,11 +82,12 @@ class TrainState:
     @torch.no_grad()
     def _copy(self, name: str, values: Mapping[str, Tensor]) -> None:
         for key, p in self.params[name].items():
-            p.copy_(values[key])
+            fill(p, values[key])
 
     def save(self, path: Path, meta: Mapping[str, Any] | None = None) -> None:
         """Written aside, flushed, then renamed: a crash leaves the old file or the new one, never half of one."""
         tensors, scalars = self._tensors()
+        tensors = collected(tensors)
         header = {
             "step": self.step,
             "cursor": self.cursor,
@@ -94,6 +101,10 @@ class TrainState:
         }
         text = json.dumps(header)
         save_atomic(tensors, path, {"dmd_state": text, CHECKSUM: checksum(text)})
+
+    def join(self) -> None:
+        """What the other processes do while the first one saves shards."""
+        collected(self._tensors()[0], keep=False)
 
     def load(self, path: Path, allow_other_config: bool = False) -> dict[str, Any]:
         """Returns the header. Nothing changes unless the whole file is sound and fits this objective."""
@@ -122,7 +133,7 @@ class TrainState:
             self._load_optimizer(name, tensors, header["scalars"])
         for name, average in self.ema.items():
             for n, v in average.items():
-                v.copy_(tensors[f"ema/{name}/{n}"])
+                fill(v, tensors[f"ema/{name}/{n}"])
         self.step, self.cursor = header["step"], header["cursor"]
         self.counters = counters
         return header
@@ -140,7 +151,7 @@ class TrainState:
                         tensors |= {f"optimizer/{name}/{key}{inner}/{n}": v for inner, v in whole(value).items()}
                     else:
                         scalars[f"optimizer/{name}/{key}/{n}"] = value
-        return {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, scalars
+        return tensors, scalars
 
     def _load_optimizer(self, name: str, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         opt = self.optimizers[name]
@@ -164,13 +175,14 @@ class TrainState:
 def _like(value: Any, param: Tensor, key: str) -> Any:
     if not isinstance(value, Tensor):
         return value
-    # AdamW keeps its step counter on the CPU
-    return value.clone() if key == "step" else value.to(param.device).clone()
+    if key == "step":  # AdamW keeps its step counter on the CPU
+        return value.clone()
+    return part_of(value, param) if is_shard(param) else value.to(param.device).clone()
 
 
 def whole(value: Tensor) -> dict[str, Tensor]:
     """A plain tensor under "", or the parts that a quantised one (torchao's) holds, by ".name"."""
-    if not hasattr(value, "__tensor_flatten__"):
+    if is_shard(value) or not hasattr(value, "__tensor_flatten__"):
         return {"": value}
     names, _ = value.__tensor_flatten__()
     return {f".{name}": getattr(value, name) for name in names}

@@ -20,6 +20,7 @@ from toy import MLP
 from dmd_core import headless, shapes, snapshots, views
 from dmd_core.data import Batch
 from dmd_core.denoiser import NetDenoiser, Prediction
+from dmd_core.objectives.diffusion2gan import Perceptual
 from dmd_core.objectives.dmd2 import DMD2, DMD2Config
 from dmd_core.objectives.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from dmd_core.processes import Rows, Shared, SharedBatches
@@ -117,8 +118,7 @@ class TestRunFile:
 # --- runs on the shapes world, with untrained networks: what is tested is the wiring
 
 
-@pytest.fixture
-def world(monkeypatch, tmp_path):
+def small_world(monkeypatch):
     def seeded(make):
         def build():
             with torch.random.fork_rng(devices=[]):
@@ -131,6 +131,11 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setattr(shapes, "load_text_encoder", seeded(shapes.text.TextEncoder))
     monkeypatch.setattr(shapes, "load_autoencoder", seeded(shapes.autoencoder.Autoencoder))
     monkeypatch.setattr(shapes, "load_recogniser", seeded(shapes.recogniser.Recogniser))
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    small_world(monkeypatch)
     return tmp_path
 
 
@@ -181,6 +186,7 @@ def write(folder, method="dmd2", steps=3, more="", size=32):
         pytest.param("dmd2", "critic_updates = 1\ngan_weight = 0.01", 32, marks=pytest.mark.slow),
         ("dmd2", "critic_updates = 1\ngan_weight = 0.01\ngan_features = 'critic'", 32),
         ("dmd", "warm_up = 1", 32),
+        ("dmd", "regression = 'perceptual'", 32),
     ],
 )
 def test_every_method_runs_from_a_file_and_leaves_a_lora(world, method, more, size):
@@ -374,6 +380,15 @@ def test_a_gan_reads_the_teacher_or_the_critic_which_then_learns_from_it(world):
     write(world, more="gan_weight = 0.01\ngan_features = 'student'")
     with pytest.raises(ValueError, match="use 'teacher' or 'critic'"):
         headless.prepare(world / "RUN.toml", True, lambda s: None)
+
+
+def test_dmd_reads_the_teacher_where_its_regression_is_perceptual(world):
+    for regression, kind in (("perceptual", Perceptual), ("mse", types.FunctionType)):
+        more = f"regression = '{regression}'"
+        objective = headless.prepare(write(world, "dmd", more=more), True, lambda s: None).method.objective
+        assert isinstance(objective.distance, kind)
+        if regression == "perceptual":
+            assert objective.distance.reader.denoiser.scales == {}
 
 
 def test_an_untrained_network_is_refused_as_a_teacher(world):

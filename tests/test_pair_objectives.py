@@ -142,6 +142,28 @@ def test_a_warm_up_teaches_the_student_alone_by_regression_alone():
         dmd(warm_up=5, regression_weight=0.0)
 
 
+def test_a_perceptual_regression_sees_features_of_the_frozen_teacher():
+    objective, batch = dmd(regression="perceptual", regression_weight=0.5), pair_batch()
+    frozen = shape_of_student()
+    objective.distance = Perceptual(FeatureReader(frozen, frozen.net, LAYERS))
+    loss = objective.regression(batch, generator())["regression"]
+    student = list(objective.players["student"].params.values())
+    grads = torch.autograd.grad(loss, student, retain_graph=True)
+    assert all(g.any() for g in grads)
+    assert not any(p.requires_grad for p in frozen.net.parameters())
+    grown = []  # how much further apart latents seem that are three times as far from the pair's
+    for distance in (objective.distance, dmd().distance):
+        near, far = (distance(batch.latents + s, batch.latents, batch, generator()) for s in (1.0, 3.0))
+        grown.append((far / near).item())
+    assert grown[0] < 6
+    assert grown[1] == pytest.approx(9)
+    made = objective.student(batch.noise, torch.ones(8), None)
+    same = Batch(None, (8, 2), made.detach(), batch.noise)
+    assert objective.regression(same, generator())["regression"] == 0  # control
+    with pytest.raises(ValueError, match="use 'mse' or 'perceptual'"):
+        dmd(regression="lpips")
+
+
 def test_dmd_is_one_step_and_needs_pairs():
     with pytest.raises(ValueError, match="use DMD2"):
         dmd(FOUR)

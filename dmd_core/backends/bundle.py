@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,6 +136,13 @@ class Bundle:
                 "(config=FOLDER for a single file)"
             )
         return self.pipeline.vae.to(self.device)
+
+    def view(self, copied: Any, checkpointing: bool) -> NetDenoiser:
+        """A copy of the network as a denoiser, in the dtype of its own weights."""
+        if checkpointing:
+            copied.enable_gradient_checkpointing()
+        dtype = next(copied.parameters()).dtype
+        return NetDenoiser(partial(self.kind.call, copied), self.denoiser.schedule, self.denoiser.prediction, dtype)
 
     def checkpoint_blocks(self, bank: AdapterBank | None = None) -> None:
         """Trades time for memory: blocks are recomputed in backward, under the adapter mix of their forward."""

@@ -23,6 +23,7 @@ def mean_square(generated: Tensor, target: Tensor, batch: Batch, rng: torch.Gene
 class DMDConfig(DMD2Config):
     critic_updates: int = 1  # the regression keeps the student in place: one time scale suffices
     regression_weight: float = 0.25
+    regression: str = "mse"  # mse | perceptual (on the frozen teacher's features; the paper's is LPIPS of pictures)
     warm_up: int = 0  # first updates, of the student alone, on the regression alone (DMD2's one-step SDXL recipe)
 
     def __post_init__(self) -> None:
@@ -31,13 +32,15 @@ class DMDConfig(DMD2Config):
                 f"warm_up is {self.warm_up} with regression_weight {self.regression_weight:g}; give updates and a "
                 "weight above 0, or warm_up 0"
             )
+        if self.regression not in ("mse", "perceptual"):
+            raise ValueError(f"regression is {self.regression!r}; use 'mse' or 'perceptual'")
 
 
 class DMD(DMD2):
     """One step, no GAN. Batches carry the teacher's noise-latent pairs; the matching gradient takes fresh noise.
 
-    `distance` compares the student's latents with the pair's. The paper decodes both and uses LPIPS; pass
-    `Perceptual` (diffusion2gan.py) for a metric on the teacher's own features.
+    `distance` compares the student's latents with the pair's. The paper decodes both and uses LPIPS, a network of its
+    own; for `regression` perceptual give `Perceptual` (diffusion2gan.py), a metric on the teacher's own features.
     """
 
     def __init__(self, *args: object, distance: Distance = mean_square, **named: object):

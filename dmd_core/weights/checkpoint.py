@@ -12,6 +12,7 @@ from ..families import Family, layer_path, naming
 from ..families.names import OTHERS
 from .files import DTYPE_NAMES, Spec, free_path, open_tensors, read_weights_header, write_streaming
 from .header import Header
+from .layouts import Piece, native_pieces
 from .lora import DTYPES, add_delta, fit, read_lora, weight_keys
 from .recipe import Recipe, header_metadata
 
@@ -36,14 +37,18 @@ def base_hash(source: str | os.PathLike[str] | nn.Module | Mapping[str, Tensor])
 
 
 def _hash(shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]) -> str:
-    inner = [k for k in shapes if k.startswith(CHECKPOINT_PREFIX)] or [k for k in shapes if not OTHERS.match(k)]
     sha = hashlib.sha256()
-    for key in sorted(inner, key=layer_path):
+    for key in sorted(network_keys(shapes), key=layer_path):
         sha.update(f"{layer_path(key)} {list(shapes[key])}\n".encode())
         flat = get(key).detach().reshape(-1)
         ends = torch.cat([flat[:SAMPLE], flat[-SAMPLE:]]).float().bfloat16().cpu()
         sha.update(ends.view(torch.uint8).numpy().data)
     return sha.hexdigest()[:16]
+
+
+def network_keys(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Of a file's tensors those of the diffusion model."""
+    return [k for k in shapes if k.startswith(CHECKPOINT_PREFIX)] or [k for k in shapes if not OTHERS.match(k)]
 
 
 def save_model(
@@ -117,6 +122,43 @@ def merge_file(
             return add_delta(key, get(key), state[f"{n}.down"], state[f"{n}.up"], scale)
 
         write_streaming(path, specs, merged, found)
+    return path
+
+
+def replace_weights(
+    folder: str | os.PathLike[str],
+    name: str,
+    base: str | os.PathLike[str],
+    trained: Mapping[str, Tensor],
+    family: Family,
+    *,
+    recipe: Recipe | None = None,
+) -> Path:
+    """base with these weights in the place of its own, under its names and in its types; all else stays as it is.
+
+    trained may have diffusers' names where the file has the family's own; each of its tensors must find its place.
+    """
+    header, shapes = read_weights_header(base), {k: tuple(v.shape) for k, v in trained.items()}
+    own = {layer_path(k): k for k in network_keys(header.shapes)}
+    pieces = {layer_path(k): Piece((k,)) for k in trained}
+    if not pieces.keys() <= own.keys():
+        pieces = native_pieces(shapes, family)
+    if lost := next((p for p in pieces if p not in own), None):
+        raise ValueError(f"{base} has no place for {lost!r}; give the file that the training began with")
+    made = {own[p]: piece for p, piece in pieces.items()}
+    specs: dict[str, Spec] = {k: (DTYPE_NAMES[d], header.shapes[k]) for k, d in header.dtypes.items()}
+    path = free_path(folder, name)
+    found = dict(header.metadata) | header_metadata(path.stem, family, recipe)
+    with open_tensors(Path(base)) as get:
+
+        def replaced(key: str) -> Tensor:
+            if key not in made:
+                return get(key)
+            tensor = made[key].join([trained[k] for k in made[key].keys])
+            # a 1x1 convolution in one layout is a Linear in the other
+            return _finite(key, tensor.reshape(specs[key][1]), specs[key][0])
+
+        write_streaming(path, specs, replaced, found)
     return path
 
 
