@@ -43,7 +43,7 @@ def refuse_copies(file: "RunFile", source: "Source", processes: Processes) -> No
     lora = "or leave [model] full out: LoRA sets are trained then"
     if source.view is None:
         raise ValueError(f"whole copies of a ComfyUI MODEL are not trained; export the run file and train it, {lora}")
-    if method == "lazy_inpaint":
+    if method in ("lazy_inpaint", "lazy_ladd"):
         raise ValueError(f"Lazy Inpaint uses its student as a LoRA on the model, not as a model of its own; {lora}")
     if odd := quantised(file, source):
         raise ValueError(f"the model holds {odd} weights; whole copies learn from bf16, fp16 or fp32 ones, {lora}")

@@ -18,6 +18,7 @@ from .objectives.dmd import DMD
 from .objectives.dmd2 import DMD2
 from .objectives.ladd import LADD
 from .objectives.lazy_inpaint import LazyInpaint
+from .objectives.lazy_ladd import LazyLADD
 from .objectives.rectified_flow import RectifiedFlow
 from .processes import ALONE, Processes
 from .runfile import CONFIGS, RunFile
@@ -147,18 +148,24 @@ def gan(bench: Bench, config: Any, critic: Learner) -> Discriminator | None:
     return bench.discriminator(critic if config.gan_features == "critic" else bench.teacher)
 
 
-def lazy_inpaint(bench: Bench) -> Made:
-    net, config = bench.source.partial, bench.config()
+def fills(bench: Bench) -> tuple[Filler, int]:
+    """The student on canvases with a hole; cells per token."""
+    net = bench.source.partial
     if net is None:
         raise ValueError(
             "lazy inpainting computes some of a transformer's tokens, which this model cannot do here; train Flux, "
             "SD3, Qwen-Image or Z-Image in ComfyUI, or the embedded shapes. UNets are cropped instead (Prepare Inpaint)"
         )
-    student, critic = bench.learner("student"), bench.learner("critic", bench.file.lora.critic_rank)
 
     def filler(canvas: Tensor, hole: Tensor) -> Denoiser:
         return Adapted(OnCanvas(net, canvas, hole), bench.bank, {"student": 1.0})
 
+    return filler, net.patch
+
+
+def lazy_inpaint(bench: Bench) -> Made:
+    (filler, patch), config = fills(bench), bench.config()
+    student, critic = bench.learner("student"), bench.learner("critic", bench.file.lora.critic_rank)
     objective = LazyInpaint(
         bench.teacher.view,
         filler,
@@ -168,7 +175,7 @@ def lazy_inpaint(bench: Bench) -> Made:
         critic.params,
         config,
         gan(bench, config, critic),
-        net.patch,
+        patch,
     )
     return Made(
         objective=objective,
@@ -188,6 +195,15 @@ def ladd(bench: Bench) -> Made:
     student, params, _ = bench.learner("student")
     objective = LADD(student, params, bench.discriminator(bench.teacher), config, bench.file.train.steps)
     return Made(objective=objective, student=student, sigmas=config.sigmas, needs_latents=True, takes_pictures=True)
+
+
+def lazy_ladd(bench: Bench) -> Made:
+    (filler, patch), config, teacher = fills(bench), bench.config(), bench.teacher
+    student, params, _ = bench.learner("student")
+    heads, steps = bench.discriminator(teacher), bench.file.train.steps
+    objective = LazyLADD(teacher.view, filler, bench.negative, params, heads, config, steps, patch)
+    made = Made(objective=objective, student=student, sigmas=config.sigmas, needs_latents=True, takes_pictures=True)
+    return replace(made, filler=filler, settled=config.adapt)
 
 
 def diffusion2gan(bench: Bench) -> Made:
@@ -224,5 +240,6 @@ BUILDERS: dict[str, Callable[[Bench], Made]] = {
     "diffusion2gan": diffusion2gan,
     "reflow": reflow,
     "lazy_inpaint": lazy_inpaint,
+    "lazy_ladd": lazy_ladd,
     "rectified_flow": rectified_flow,
 }

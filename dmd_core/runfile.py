@@ -19,6 +19,7 @@ from .objectives.dmd import DMDConfig
 from .objectives.dmd2 import DMD2Config
 from .objectives.ladd import LADDConfig
 from .objectives.lazy_inpaint import LazyInpaintConfig
+from .objectives.lazy_ladd import LazyLADDConfig
 from .objectives.rectified_flow import RectifiedFlowConfig
 from .runs import check_name
 from .train import TrainConfig
@@ -30,6 +31,7 @@ CONFIGS: dict[str, type] = {
     "diffusion2gan": Diffusion2GANConfig,
     "reflow": RectifiedFlowConfig,
     "lazy_inpaint": LazyInpaintConfig,
+    "lazy_ladd": LazyLADDConfig,
     "rectified_flow": RectifiedFlowConfig,
 }
 # one-step methods, and one that keeps the base's steps; the others are made for four

@@ -50,7 +50,7 @@ def rows_of(job: "Job") -> Rows:
 
     def rows(rng: torch.Generator) -> list[Tensor]:
         noise = torch.randn(shape, generator=rng, device=device)
-        x0 = sampled(student, noise, sigmas, cond, rng, made.gamma)
+        x0 = sampled(student(), noise, sigmas, cond, rng, made.gamma)
         sigma = schedule.sigma(schedule.timestep(sigmas[:1]) / 2).to(x0).expand(len(x0))
         x = add_noise(schedule, x0, torch.randn(shape, generator=rng, device=device), sigma)
         return [x0, *(view(x, sigma, cond) for view in (teacher, critic) if view is not None)]
@@ -58,15 +58,19 @@ def rows_of(job: "Job") -> Rows:
     return rows
 
 
-def subject(job: "Job") -> tuple[Denoiser, tuple[int, ...], Cond]:
-    """Who draws, the shape of what, for which prompts. One that fills holes gets pictures of the data with holes."""
+def subject(job: "Job") -> tuple[Callable[[], Denoiser], tuple[int, ...], Cond]:
+    """Who draws, the shape of what, for which prompts. One that fills holes gets pictures of the data with holes.
+
+    It is made anew for each look: what a student that fills holes keeps of its context is as old as itself.
+    """
     made = job.method
     if made.filler is None:
         cond = job.pool.take(slice(0, SHOWN))
-        return Guided(made.student, made.cfg, job.negative), (len(cond), *job.source.shape), cond
-    batch = next(job.batches().seek(0))
+        guided = Guided(made.student, made.cfg, job.negative)
+        return lambda: guided, (len(cond), *job.source.shape), cond
+    filler, batch = made.filler, next(job.batches().seek(0))
     canvas, cond = batch.latents[:SHOWN].to(job.source.device), batch.cond.take(slice(0, SHOWN))
     rows, columns = grid(canvas, job.source.partial.patch if job.source.partial else 1)
     own = torch.Generator().manual_seed(job.file.samples.seed)
-    hole = draw_holes(len(canvas), rows, columns, own, SHOWN_HOLES)
-    return made.filler(canvas, hole.to(canvas.device)), tuple(canvas.shape), cond
+    hole = draw_holes(len(canvas), rows, columns, own, SHOWN_HOLES).to(canvas.device)
+    return lambda: filler(canvas, hole), tuple(canvas.shape), cond

@@ -339,7 +339,8 @@ def test_a_start_that_came_to_nothing_leaves_no_pictures_of_its_teacher(world, m
         ("dmd", "", 3),
         ("ladd", "early_steps = 0\nstudent_lr = 0.1\nloss = 'softplus'", 2),
         ("reflow", "lr = 0.1", 2),
-        ("lazy_inpaint", "adapt = 1\ncritic_updates = 1", 3),
+        ("lazy_inpaint", "adapt = 1\ncritic_updates = 1\nstudent_lr = 0.1", 3),
+        ("lazy_ladd", "adapt = 1\nearly_steps = 0\nstudent_lr = 0.1", 2),
         pytest.param("diffusion2gan", "", 2, marks=pytest.mark.slow),
     ],
 )

@@ -45,7 +45,7 @@ CHECKPOINTS = ("sd15", "sd2", "sdxl", "sd3")  # usually one file with everything
 
 def obstacle(recipe: Recipe, family: Family) -> str:
     """Why stock nodes cannot sample this student; empty where they can."""
-    if recipe.objective == "lazy_inpaint":
+    if recipe.objective in ("lazy_inpaint", "lazy_ladd"):
         return "it fills holes, which takes Lazy Inpaint"
     if family.name not in (*CHECKPOINTS, *PARTS):
         return f"how stock nodes load {family.title} is not known here"
