@@ -49,6 +49,8 @@ WIDGETS = {
     "guidance_weight": Widget("Weight of the part that comes from the teacher's guidance.", 0, 10, 0.05),
     "matching_weight": Widget("Weight of the part that matches the unguided teacher.", 0, 10, 0.05),
     "regression_weight": Widget("Weight of the regression on the teacher's own images.", 0, 10, 0.05),
+    "regression": Widget("What the student's image is compared with the teacher's in: plain latents, or the teacher's "
+                         "own features of them, which costs two passes more.", options=("mse", "perceptual")),
     "warm_up": Widget("First updates, on the teacher's own images alone, before the matching begins.", 0, 100000),
     "noise_mean": Widget("Where the discriminator looks: higher judges structure, lower texture.", -3, 3, 0.1),
     "noise_std": Widget("How widely the discriminator's noise levels spread.", 0.1, 3, 0.1),

@@ -94,7 +94,7 @@ METHODS: dict[str, tuple[str, str]] = {
     ),
     "Reflow": ("reflow", "lr ema logit_mean logit_std"),
     "Rectified flow (your pictures)": ("rectified_flow", "lr ema logit_mean logit_std"),
-    "DMD v1 (research)": ("dmd", "student_lr critic_lr critic_updates regression_weight ema warm_up"),
+    "DMD v1 (research)": ("dmd", "student_lr critic_lr critic_updates regression_weight ema warm_up regression"),
     "Diffusion2GAN (research)": (
         "diffusion2gan",
         "student_lr discriminator_lr perceptual_weight l1_weight gan_weight r1_weight ema",
@@ -136,7 +136,10 @@ def settings_of(model: Any, family: Family, method: Mapping[str, Any], given: Ma
     options = {k: method[k] for k in shown.split() if k in method}
     if "ema" in options:
         options["ema"] = options["ema"] or None
-    options |= {k: given["accumulate"] or preset.accumulate for k in known if k.endswith("accumulate")}
+    batches = given["accumulate"] or preset.accumulate
+    judged = given.get("critic_accumulate") or batches  # graphs that are older than it have none
+    of_critics = ("critic", "discriminator")
+    options |= {k: judged if k.startswith(of_critics) else batches for k in known if k.endswith("accumulate")}
     steps = method.get("steps", STEPS.get(name, 4))
     if "guidance" in known:
         options["guidance"] = guidance
@@ -330,6 +333,13 @@ class Distill(io.ComfyNode):
                     advanced=True,
                     tooltip="DMD2: all updates of a step learn from one sample of the student, which saves drawing the "
                     "others. Needs accumulate 1.",
+                ),
+                io.Int.Input(
+                    "critic_accumulate",
+                    **zero,
+                    max=1024,
+                    optional=True,
+                    tooltip="Batches per update of the critic or discriminator. 0: as accumulate.",
                 ),
             ],
             outputs=[

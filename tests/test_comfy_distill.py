@@ -315,11 +315,24 @@ else:
         assert "Set [model] path first" in words  # this MODEL was made in memory
         assert (file.lora.rank, file.train.steps, file.method.name, file.method.steps) == (7, 3, "dmd2", STEPS)
         assert file.method.options["student_lr"] == 1e-2
+        batches = [file.method.options[f"{who}_accumulate"] for who in ("student", "critic")]
+        assert batches == [1, 1]
         assert (place / "output" / "dmd" / "run" / "prompts.txt").read_text().splitlines() == [
             "prompt 1",
             "prompt 2",
             "prompt 3",
         ]
+
+    @pytest.mark.parametrize(("label", "judge"), [("DMD2", "critic"), ("LADD", "discriminator"), ("Reflow", "")])
+    def test_student_and_critic_accumulate_apart(place, label, judge):
+        def options(**changes):
+            Distill.execute(**inputs("flux", label, mode="export run file", accumulate=3, **changes))
+            file = runfile.read_run_file(place / "output" / "dmd" / "run" / "run.toml")
+            return {k: v for k, v in file.method.options.items() if k.endswith("accumulate")}
+
+        own, other = ("student_accumulate", f"{judge}_accumulate") if judge else ("accumulate", "accumulate")
+        assert options(critic_accumulate=5) == {own: 3} | ({other: 5} if judge else {})
+        assert options(critic_accumulate=0) == {own: 3, other: 3}  # control
 
     @pytest.mark.parametrize(
         ("changes", "words"),
