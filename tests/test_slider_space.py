@@ -29,6 +29,7 @@ from dmd_core.sliders import (
     own_features,
     poles,
 )
+from dmd_core.sliders.directions import principal, split_half, ties, turned
 
 D, K = 8, 3
 SDS = torch.tensor([1.4, 0.9, 0.55, 0.1, 0.1, 0.1, 0.1, 0.1])
@@ -72,7 +73,7 @@ def test_planted_directions_are_found_with_their_spread():
 
 
 def test_directions_are_those_of_the_covariance():
-    features = torch.randn(200, 5, generator=generator()) @ torch.randn(5, 5, generator=generator(7))
+    features = torch.randn(3000, 5, generator=generator()) @ torch.randn(5, 5, generator=generator(7))
     found = find_directions(features, 2, generator())
     _, values, vectors = torch.linalg.svd(torch.cov(features.double().T))
     assert (cosines(found.vectors.double(), vectors[:2]) > 1 - 1e-6).all()
@@ -92,6 +93,34 @@ def test_a_stable_direction_passes_larger_unstable_ones():
     assert found.stability[place] > 0.9
     assert found.stability.sum() - found.stability[place] < 1.8
     assert found.explained[place] == found.explained.min()
+
+
+def two_sided(n: int = 400) -> Tensor:
+    """Left or right, top or bottom, each as large as the other, in a turned space with a little noise."""
+    sides = 2.0 * (torch.rand(n, 2, generator=generator(3)) < 0.5) - 1
+    noise = 0.3 * torch.randn(n, D, generator=generator(5))
+    return sides @ PLANTED[:2] + noise
+
+
+def test_causes_that_come_in_kinds_are_told_apart_where_variances_cannot():
+    features = two_sided()
+    plain, _ = principal(features)
+    assert cosines(plain[:2].float(), PLANTED[:2]).max() < 0.95  # the control: any turn of the two is as good
+    assert split_half(features, plain[:4], generator(), 8)[:2].max() < 0.9
+    found = find_directions(features, 2, generator())
+    assert (PLANTED[:2] @ found.vectors.T).abs().amax(1).min() > 0.99
+    assert found.stability.min() > 0.98
+    torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.project(features).std(0), torch.ones(2), rtol=1e-3, atol=0)
+
+
+def test_only_main_directions_of_like_variance_are_turned():
+    shares = torch.tensor([0.3, 0.2, 0.19, 0.1, 0.04, 0.04])
+    assert ties(shares, 1000) == [[1, 2]]
+    assert ties(shares, 100000) == []
+    assert ties(shares, 50) == [[0, 1, 2, 3]]
+    vectors = torch.eye(6, dtype=torch.float64)
+    assert torch.equal(turned(torch.randn(50, 6, generator=generator()), vectors, []), vectors)
 
 
 def test_directions_repeat_to_the_bit():

@@ -362,7 +362,7 @@ def test_strength_one_becomes_one_standard_deviation():
     assert moved.mean() == pytest.approx(1.0, abs=0.05)
     assert found.point(-1.0).response == pytest.approx(-1.0, abs=0.05)
     assert found.verdict == "works"
-    assert found.usable == (-3.0, 3.0)
+    assert found.usable == (-2.0, 2.0)
     assert found.monotony == pytest.approx(1.0)
     assert found.point(1.0).drift < 0.05
     again = calibrate(b, "s", axis, CalibrationConfig())
@@ -385,11 +385,12 @@ def responding(own, other=lambda s: 0.0 * s, noise: float = 0.0):
 
 
 def test_a_saturating_slider_has_the_range_in_which_it_still_rises():
-    # 2 sd at most (sd is 2): tanh(1.1 s) * 4; 1 sd at s = .5
-    found = calibrate(responding(lambda s: 4 * torch.tanh(1.1 * s)), "s", AXIS, CalibrationConfig())
+    # 1.5 sd at most (sd is 2); 1 sd at s = .5; from 2 to 3 it grows by 0.07 of what it does around 0
+    wide = CalibrationConfig(multiples=(0.5, 1.0, 2.0, 3.0))
+    found = calibrate(responding(lambda s: 3 * torch.tanh(1.609 * s)), "s", AXIS, wide)
     assert found.unit == pytest.approx(0.5, rel=0.05)
     assert found.usable == (-2.0, 2.0)
-    linear = calibrate(responding(lambda s: 4 * s), "s", AXIS, CalibrationConfig())
+    linear = calibrate(responding(lambda s: 4 * s), "s", AXIS, wide)
     assert linear.usable == (-3.0, 3.0)
 
 
@@ -397,7 +398,7 @@ def test_the_range_ends_where_something_else_moves():
     # the other direction's sd is .5: drift of one sd at s = 1.25 on the plus side only
     drifting = responding(lambda s: 2 * s, lambda s: 0.4 * s.clamp_min(0))
     found = calibrate(drifting, "s", AXIS, CalibrationConfig())
-    assert found.usable == (-3.0, 1.0)
+    assert found.usable == (-2.0, 1.0)
     assert found.point(1.0).drift == pytest.approx(0.8, abs=0.03)
     assert found.verdict == "works"
 
@@ -564,12 +565,12 @@ def test_a_card_goes_through_a_files_metadata():
 def test_random_strengths_stay_inside_the_measured_ranges():
     found = calibrate(responding(lambda s: 2 * s, lambda s: 0.4 * s.clamp_min(0)), "s", AXIS, CalibrationConfig())
     cards = [card(found, **{**FACTS, "name": n}) for n in ("a", "b")]
-    assert cards[0].usable == (-3.0, 1.0)
+    assert cards[0].usable == (-2.0, 1.0)
     mixes = random_strengths(cards, 200, generator())
     drawn = torch.tensor([[m["a"], m["b"]] for m in mixes])
-    assert drawn.min() >= -3
+    assert drawn.min() >= -2
     assert drawn.max() <= 1
-    assert drawn[:, 0].min() < -2.5
+    assert drawn[:, 0].min() < -1.7
     assert abs(torch.corrcoef(drawn.T)[0, 1]) < 0.2
     half = random_strengths(cards, 200, generator(), share=0.5)
     assert min(m["a"] for m in half) == pytest.approx(drawn[:, 0].min().item() / 2)

@@ -46,6 +46,7 @@ def test_a_short_training_already_makes_a_size_slider_and_an_untrained_one_does_
     """Two bounds of the table, at half its steps and half its pool, and without calibration."""
     lab = importlib.import_module("bench.slider_lab")
     monkeypatch.setattr(lab, "WORDS", replace(lab.WORDS, steps=60, pool=48))
+    monkeypatch.setattr(lab, "HELD_OUT", lab.HELD_OUT[:16])
     here = lab.Lab()
     here.fit("radius", here.words["radius"], 0)
     here.bank.new("untrained", lab.WORDS.rank, torch.Generator().manual_seed(5))

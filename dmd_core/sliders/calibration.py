@@ -120,10 +120,11 @@ class CalibrationConfig:
     seeds: int = 16  # to find the unit with
     held_out: int = 16  # to measure on
     first_seed: int = 1_000_000  # far from those of pools
-    multiples: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)  # of the unit, both signs
+    # of the unit, both signs: two is where words are trained, on the shapes world; to three, other things move more
+    multiples: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     most: float = 16.0  # largest raw strength that is tried
     max_drift: float = 1.0  # standard deviations of any other direction, inside the usable range
-    rise: float = 0.25  # the response must still grow by this share of its growth around 0
+    rise: float = 0.1  # the response must still grow by this share of its growth around 0
     nothing: float = 0.05  # standard deviations at the best strength: less is no effect
 
 
