@@ -20,7 +20,6 @@ ORDER = (
     "inpainting_whole",
     "inpainting_quality",
     "lazy_canvas",
-    "lazy_student",
     "lazydiffusion",
     "lazydiffusion_cost",
     "sliders",
