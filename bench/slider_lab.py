@@ -44,7 +44,7 @@ LR, COOLDOWN, LEVEL = 1e-3, 0.5, 0.15
 TOPIC = "a blue square"
 # neither trained nor calibrated on. The world flips between two sides: with 16 pictures the standard error of a drift
 # is 0.1, the bound itself
-HELD_OUT = range(5_000_000, 5_000_064)
+HELD_OUT = range(7_000_000, 7_000_064)
 # circles and rings show no angle, so what the recogniser says about theirs means nothing
 THINGS = ("red cross", "blue square", "green star", "yellow triangle", "purple cross", "cyan star", "orange square")
 PROMPTS = {

@@ -34,7 +34,7 @@ from dmd_core.sliders import (
     random_strengths,
     variations,
 )
-from dmd_core.sliders.calibration import per_seed_spearman, ranked
+from dmd_core.sliders.calibration import find_unit, per_seed_spearman, ranked
 from dmd_core.sliders.card import words as words_of
 
 D = 6
@@ -382,6 +382,12 @@ def responding(own, other=lambda s: 0.0 * s, noise: float = 0.0):
         return start + torch.stack([own(s), other(s)]) + noise * shake
 
     return measure
+
+
+@pytest.mark.parametrize("most", [2.1, 6.0, 20.0])  # the axis' sd is 2
+def test_one_standard_deviation_is_found_however_soon_the_response_saturates(most):
+    _, response = find_unit(responding(lambda s: most * torch.tanh(s / 0.3)), "s", AXIS, range(4), CalibrationConfig())
+    assert response == pytest.approx(1, abs=0.03)
 
 
 def test_a_saturating_slider_has_the_range_in_which_it_still_rises():

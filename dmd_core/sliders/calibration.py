@@ -197,10 +197,12 @@ def find_unit(
     if seen[strength] < 1:
         best = max(seen, key=lambda k: seen[k])
         return (best or 1.0), seen[best]
-    for _ in range(4):
+    for turn in range(5):
         high = min(s for s, r in seen.items() if r >= 1)
         low = max(s for s, r in seen.items() if s < high and r < 1)
-        guess = low + (1 - seen[low]) / (seen[high] - seen[low]) * (high - low)
+        # interpolation alone creeps where the response saturates: one end of the bracket would never move
+        share = 0.5 if turn % 2 else (1 - seen[low]) / (seen[high] - seen[low])
+        guess = low + share * (high - low)
         if abs(respond(guess) - 1) < 0.03:
             break
     best = min(seen, key=lambda k: abs(seen[k] - 1))
