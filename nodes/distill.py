@@ -92,6 +92,10 @@ METHODS: dict[str, tuple[str, str]] = {
         "lazy_inpaint",
         "adapt critic_updates student_lr critic_lr ema gamma text_dropout smallest largest whole synchronise",
     ),
+    "Lazy inpainting with LADD": (
+        "lazy_ladd",
+        "adapt student_lr discriminator_lr discriminator_updates noise_mean ema text_dropout smallest largest whole",
+    ),
     "Reflow": ("reflow", "lr ema logit_mean logit_std"),
     "Rectified flow (your pictures)": ("rectified_flow", "lr ema logit_mean logit_std"),
     "DMD v1 (research)": ("dmd", "student_lr critic_lr critic_updates regression_weight ema warm_up regression"),

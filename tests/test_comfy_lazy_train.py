@@ -128,11 +128,18 @@ else:
         assert not torch.equal(host.ask(clone, "flux", [(x, 0.7)], most)[0], bare)
         assert "off" not in patch.text
 
-    @pytest.mark.parametrize("family", ["flux", "sd3"])
-    def test_a_run_makes_a_lora_that_mode_trained_uses(family):
+    @pytest.mark.parametrize(
+        ("family", "by", "rate"),
+        [
+            ("flux", "Lazy inpainting", "critic_lr"),
+            ("sd3", "Lazy inpainting", "critic_lr"),
+            ("flux", "Lazy inpainting with LADD", "discriminator_lr"),
+        ],
+    )
+    def test_a_run_makes_a_lora_that_mode_trained_uses(family, by, rate):
         given = inputs(
             family,
-            method=method("Lazy inpainting", adapt=2, critic_lr=1e-2),
+            method=method(by, adapt=2, **{rate: 1e-2}),
             updates=5,
             snapshot_every=5,
             checkpointing=True,
