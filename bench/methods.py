@@ -350,8 +350,8 @@ NOTES = [
     "DMD2 + GAN sees 2048 encoded renders; DMD, Diffusion2GAN, reflow and LADD see 2048 pictures of the teacher.",
     "Why some rows are not below their teacher: this one is good in 4 steps already, and two minutes are too short. "
     "DMD2 is below it with two seeds of three here, with all three after the demo's 600 updates (The embedded demo). "
-    "LADD has no score to follow, only heads that begin untaught: with 4 steps it ends about where an untrained student "
-    "begins.",
+    "LADD has no score to follow, only heads that begin untaught: with 4 steps it ends about where an untrained "
+    "student begins.",
     "The style LoRA (rank 4, trained on the base) turns every background dark; its rows are compared with dark "
     "renders, and captions say nothing of the background. dark: share of dark pictures.",
 ]
