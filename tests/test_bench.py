@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -451,3 +452,10 @@ def test_the_table_of_variety_judges_the_default_of_its_node_and_the_help_page_q
     worse = [r | {"prompts right": 0.5} if r["what"] == default[0] else r for r in better]
     assert bench.variety.verdict(better).endswith(": holds.")  # controls
     assert bench.variety.verdict(worse).endswith("does not hold**.")
+
+
+def test_the_chart_has_whole_runs_below_the_steps_where_they_were_measured(bench, tmp_path):
+    chart = importlib.import_module("bench.chart")
+    both = chart.draw()
+    shutil.copy(chart.RESULTS / "inpainting.cpu.json", tmp_path)
+    assert both.size == (chart.draw(tmp_path).width, 2 * chart.draw(tmp_path).height)
