@@ -235,7 +235,7 @@ def table(found: Iterable[Figures]) -> Table:
             "at 40 steps) that neither training nor calibration saw. Ranges and drifts: means over 64.",
             f"{PLAIN}: 'a ... left' against 'a ... right' and so on under the same seeds, without a slider, at "
             f"{WORDS.sample_steps} steps.",
-            f"random strengths: all sliders at once, each within {SHARE:g} of its usable range. Within 0.5 of it, which "
+            f"random strengths: all sliders at once, each within {SHARE:g} of its usable range. Within 0.5, which "
             "was taken first, the distance is 50.5 and 0.53 of the prompts are right.",
             "The world has two sizes and two sides, nothing between: a picture that is already large has no way to go.",
         ],
