@@ -59,7 +59,7 @@ def fill(param: Tensor, value: Tensor) -> None:
 
 
 def gradients(total: Tensor, params: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """FSDP averages and shards gradients on a backward pass, which autograd.grad is none for it."""
+    """FSDP averages and shards gradients in a backward pass; it takes no notice of autograd.grad."""
     for p in params:
         p.grad = None  # that of a turn of somebody else
     total.backward()
