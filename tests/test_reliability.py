@@ -32,6 +32,7 @@ from dmd_core.objectives.image_slider import ImageSlider, ImageSliderConfig
 from dmd_core.objectives.image_slider import Pairs as PicturePairs
 from dmd_core.objectives.ladd import LADD, LADDConfig
 from dmd_core.objectives.lazy_inpaint import LazyInpaint, LazyInpaintConfig
+from dmd_core.objectives.lazy_ladd import LazyLADD, LazyLADDConfig
 from dmd_core.objectives.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from dmd_core.objectives.slider_space import SliderSpace, SliderSpaceConfig
 from dmd_core.objectives.text_slider import TextSlider, TextSliderConfig, Words
@@ -166,36 +167,53 @@ def slider_space():
     return SliderSpace(model, directions, lambda x: x, cond, SliderSpaceConfig()), At(latents_and_row)
 
 
-def lazy_inpaint():
-    """On pictures of 4 x 4 tokens; the context goes through the same layer, which is beside the point here."""
+class Holes:
+    """Pictures of 4 x 4 tokens; the context goes through the same layer, which is beside the point here."""
 
-    def layer(seed: int, learns: bool) -> tuple[nn.Conv2d, NetDenoiser]:
+    def __init__(self):
+        (self.net, self.teacher), (own, student), (judge, self.critic) = (self.layer(i, i > 0) for i in range(3))
+        self.params = dict(own.named_parameters()), dict(judge.named_parameters())
+
+        @dataclass
+        class Filled:
+            canvas: Tensor
+            hole: Tensor
+            schedule = student.schedule
+
+            def __call__(self, x: Tensor, sigma: Tensor, cond: object) -> Tensor:
+                return torch.where(cells(self.hole, x, 2), student(x, sigma, cond), self.canvas)
+
+        self.filler, self.batches = Filled, At(self.picture)
+
+    @staticmethod
+    def layer(seed: int, learns: bool) -> tuple[nn.Module, NetDenoiser]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            conv = nn.Conv2d(2, 2, 3, padding=1).requires_grad_(learns)
-        return conv, NetDenoiser(lambda x, timestep, cond: conv(x), Flow(), Prediction.FLOW)
+            net = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1)).requires_grad_(learns)
+        return net, NetDenoiser(lambda x, timestep, cond: net(x), Flow(), Prediction.FLOW)
 
-    (_, teacher), (own, student), (judge, critic) = (layer(seed, seed > 0) for seed in range(3))
-
-    @dataclass
-    class Filled:
-        canvas: Tensor
-        hole: Tensor
-        schedule = student.schedule
-
-        def __call__(self, x: Tensor, sigma: Tensor, cond: object) -> Tensor:
-            return torch.where(cells(self.hole, x, 2), student(x, sigma, cond), self.canvas)
-
+    @staticmethod
     def picture(i: int) -> Batch:
         canvas = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(i))
         return Batch(torch.zeros(2, 3), (2, 2, 8, 8), canvas)
 
+
+def lazy_inpaint():
+    at = Holes()
     config = LazyInpaintConfig(sigmas=(1.0, 0.5), guidance=1.0, critic_updates=2, adapt=4)
-    params = dict(own.named_parameters()), dict(judge.named_parameters())
-    return LazyInpaint(teacher, Filled, critic, None, *params, config), At(picture)
+    return LazyInpaint(at.teacher, at.filler, at.critic, None, *at.params, config), at.batches
 
 
-MAKERS = (dmd, dmd2_with_gan, ladd, diffusion2gan, reflow, text_slider, image_slider, slider_space, lazy_inpaint)
+def lazy_ladd():
+    at = Holes()
+    x, rng = torch.zeros(2, 2, 8, 8), torch.Generator().manual_seed(0)
+    judge = Discriminator.on(FeatureReader(at.teacher, at.net, ["0"]), x, torch.full((2,), 0.5), None, rng, width=16)
+    config = LazyLADDConfig(sigmas=(1.0, 0.5), adapt=4, early_steps=2)
+    return LazyLADD(at.teacher, at.filler, None, at.params[0], judge, config), at.batches
+
+
+LAZY = (lazy_inpaint, lazy_ladd)
+MAKERS = (dmd, dmd2_with_gan, ladd, diffusion2gan, reflow, text_slider, image_slider, slider_space, *LAZY)
 METHODS = {make.__name__: make for make in MAKERS}
 
 
@@ -210,7 +228,12 @@ def go(made, run: Run, steps: int = 12, settings=OFTEN, pause: float = 0.0, **mo
 
 def test_no_method_is_left_out():
     folder = Path(objectives.__file__).parent
-    methods = {p.stem for p in folder.glob("*.py")} - {"__init__", "generation", "sliding"}  # what several share
+    methods = {p.stem for p in folder.glob("*.py")} - {
+        "__init__",
+        "generation",
+        "holes",
+        "sliding",
+    }  # what several share
     methods -= {"hole_flow"}  # of a benchmark alone: no node and no run file; resumed in test_lazydiffusion
     tried = {type(make()[0]).__module__.rpartition(".")[2] for make in MAKERS}
     assert methods == tried
