@@ -1,6 +1,5 @@
 """The measuring half of guidance.py: a script for ComfyUI's interpreter, with tests/ on its path."""
 
-import importlib.util
 import json
 import sys
 from functools import partial
@@ -10,25 +9,18 @@ import comfy_host
 
 ROUNDS = int(sys.argv[1])
 comfy_host.start_comfy("--use-pytorch-cross-attention")  # takes argv for its own
+sys.path.append(str(Path(__file__).parent))
 
 import comfy.model_base  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy_tiny  # noqa: E402
 import torch  # noqa: E402
+from record import all_compared  # noqa: E402
 
 import nodes as stock  # noqa: E402
 
 TEXT, STEPS = 77, 2
 SIDE = 16  # latent cells
-
-
-def record():
-    """record.py, without the package around it: its name is taken in here."""
-    spec = importlib.util.spec_from_file_location("record", Path(__file__).with_name("record.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["record"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def unet():
@@ -54,7 +46,6 @@ TINY = {
 @torch.inference_mode()
 def main() -> None:
     torch.set_num_threads(1)
-    all_compared = record().all_compared
     guidance = comfy_host.pack_module("nodes.negative_guidance").NegativeGuidance
     comfy_tiny.FAMILIES.update(TINY)
     rows = []

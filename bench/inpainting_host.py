@@ -1,6 +1,5 @@
 """The measuring half of inpainting.py: a script for ComfyUI's interpreter, with tests/ on its path."""
 
-import importlib.util
 import json
 import sys
 from functools import partial
@@ -17,22 +16,12 @@ sys.path.append(str(Path(__file__).parent))
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from inpainting_nets import SIZES, Network  # noqa: E402
+from record import all_compared  # noqa: E402
 
 import nodes as stock  # noqa: E402
 
 STEPS = 1  # one step: what sampling costs once counts in full
 CUDA = DEVICE.startswith("cuda")
-
-
-def record() -> Any:
-    """record.py, without the package around it: its name is taken in here."""
-    spec = importlib.util.spec_from_file_location("record", Path(__file__).with_name("record.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["record"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def even(cells: float, side: int) -> int:
@@ -85,7 +74,7 @@ class Curve:
         works = {(share, name): work for share, (_, found) in made.items() for name, work in found.items()}
         ones = torch.ones(1, 1, self.side, self.side)
         whole = partial(self.sample, self.model, {"samples": self.samples, "noise_mask": ones})
-        found = sys.modules["record"].all_compared(works, whole, JOB["rounds"], DEVICE, milliseconds=CUDA)
+        found = all_compared(works, whole, JOB["rounds"], DEVICE, milliseconds=CUDA)
         rows = []
         for share, (row, _) in made.items():
             for what in ("later edit", "first edit", "tight crop", "crop 1.5x"):
@@ -113,7 +102,6 @@ def absolute(found: dict[Any, Any], share: float, ours: partial, whole: partial)
 def main() -> None:
     torch.set_num_threads(1)
     comfy.utils.set_progress_bar_enabled(False)
-    record()
     rows: list[dict[str, Any]] = []
     networks = SIZES[JOB["sizes"]]
     for name, network in networks.items():

@@ -1,6 +1,5 @@
 """The measuring half of inpainting_whole.py: a script for ComfyUI's interpreter, with tests/ on its path."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ sys.path.append(str(Path(__file__).parent))
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from inpainting_nets import SIZES, narrow_vae  # noqa: E402
+from record import all_compared, compared  # noqa: E402
 
 import nodes as stock  # noqa: E402
 
@@ -77,32 +77,22 @@ def plain(model: Any) -> Any:
     return model
 
 
-def record() -> Any:
-    spec = importlib.util.spec_from_file_location("record", Path(__file__).with_name("record.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["record"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @torch.inference_mode()
 def main() -> None:
     torch.set_num_threads(1)
     comfy.utils.set_progress_bar_enabled(False)
-    desk, clock, rows = Desk(), record(), []
+    desk, rows = Desk(), []
     for steps in JOB["steps"]:
         works, whole = desk.works(steps), partial(desk.edit, steps, plain, local=False)
         for _ in range(2):  # both holes' banks are there
             desk.later(steps)
-        found = clock.all_compared(works, whole, JOB["rounds"], warm=int(steps == 1))
+        found = all_compared(works, whole, JOB["rounds"], warm=int(steps == 1))
         rows.append({"steps": steps, "dense": 1} | {way: round(found[way]["ratio"], 3) for way in works})
         print(rows[-1], file=sys.stderr, flush=True)
     latent = desk.vae.encode(desk.image)
     given = {"samples": latent, "noise_mask": torch.ones(1, 1, SIDE, SIDE)}
     step = partial(stock.common_ksampler, desk.model, 5, 1, 1.0, "euler", "simple", desk.cond, desk.cond, given)
-    coded = clock.compared(lambda: desk.vae.decode(desk.vae.encode(desk.image)), step, JOB["rounds"])
+    coded = compared(lambda: desk.vae.decode(desk.vae.encode(desk.image)), step, JOB["rounds"])
     settings = {"network": NETWORK, "autoencoder": "SD's layout, 32 channels"}
     settings |= {"image tokens": BUILT.tokens, "text tokens": BUILT.text, "m": round((HOLE / SIDE) ** 2, 3)}
     settings |= {"encode and decode over a dense step": round(coded["ratio"], 3), "cfg": 1, "rounds": JOB["rounds"]}
