@@ -94,8 +94,7 @@ def ties(explained: Tensor, n: int) -> list[list[int]]:
 def turned(features: Tensor, vectors: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
     """Each group turned within its plane to where the pool looks least Gaussian.
 
-    What comes in kinds (left or right, dark or light) is far from Gaussian, a mixture of two such things is nearer:
-    on the shapes world the split-half |cos| of left-right and top-bottom rises from 0.91 to 0.98.
+    What comes in kinds (left or right, dark or light) is far from Gaussian, a mixture of two such things is nearer.
     """
     vectors, centred = vectors.clone(), features.double() - features.double().mean(0)
     for group in groups:

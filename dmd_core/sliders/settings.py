@@ -32,7 +32,7 @@ class DiscoverySettings(SliderSettings):
     sliders: int = 8
     steps: int = 100  # of each slider
     batch: int = 4
-    pool: int = 1024  # directions from 384 pictures are found again with |cos| 0.86, from 1024 with 0.98
+    pool: int = 1024  # the more, the surer its directions are found again
     rank: int = 1
     seeds: int = 12  # for each slider
     prompts: int = 1  # variations of the prompt that the pool is drawn from
