@@ -232,9 +232,14 @@ class Run:
             for path in self.snapshots():
                 if step_of(path) > step:
                     shutil.rmtree(path)
-            for left in (self.path / "snapshots").glob(".*.part"):
-                shutil.rmtree(left, ignore_errors=True)
+            for left in self.leftovers():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         return kept
+
+    def leftovers(self) -> list[Path]:
+        """What a killed process was writing aside, or had just renamed and not yet cleared away."""
+        places = (self.path, *(self.path / name for name in ("states", "snapshots", "previews")))
+        return [left for place in places for left in place.glob(".*.part")]
 
     # --- snapshots
 
