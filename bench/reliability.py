@@ -31,7 +31,6 @@ class Row:
 
 ROWS = {
     "kills": Row("kill -9 in training, every method: ends bit-equal", "50 each", "test_reliability.py", "killed"),
-    "folders": Row("kill -9 of a run in its folder: ends bit-equal", "50 each", "test_runs.py", "killed"),
     "saving": Row("kill -9 while saving: a loadable state is left", "200", "test_train.py", "kills"),
     "fuzz": Row("harmed or odd headers, keys, files, names, masks", "3000 each", "test_fuzz.py", "many"),
     "guided": Row("files made up by atheris, guided by what they make the readers do", "50000", "", "", "guided"),
