@@ -165,6 +165,7 @@ def test_what_is_counted_on_paper_is_what_a_run_keeps(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 def test_a_compiled_network_trains_the_same_without_a_break_in_its_graphs(bench):
     """Adapters' mixes are part of the graph: one each for the bare network, student and critic, by gradient."""
     made = [bench.training.Ours(bench.models.TINY["flux"], 1, rank=2) for _ in range(2)]
@@ -221,6 +222,7 @@ def test_a_row_that_fails_says_how_and_costs_no_other(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 def test_the_cuda_tier_goes_through_all_of_its_rows_on_a_cpu(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.record, "RESULTS", tmp_path / "never")
     tier = bench.cuda.Tier.dry()

@@ -128,6 +128,7 @@ def test_a_short_training_comes_out_again(methods, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.skipif(not RESULTS.is_file(), reason="the table was not run: python -m bench methods")
 def test_a_trained_row_of_the_table_comes_out_again(methods, monkeypatch, tmp_path):
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]

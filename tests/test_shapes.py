@@ -347,6 +347,7 @@ def test_a_scene_can_be_taken_apart(scene):
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 def test_one_command_builds_every_weight_that_ships(tmp_path):
     """With three steps a stage: nothing is learned, but every stage finds what the ones before it wrote."""
     command = [sys.executable, "-m", "dmd_core.shapes.build", "--out", str(tmp_path), "--steps", "3", "--threads", "1"]

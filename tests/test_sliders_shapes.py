@@ -61,6 +61,7 @@ def test_a_short_training_already_makes_a_size_slider_and_an_untrained_one_does_
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 def test_sliders_from_words_hold_what_the_table_says_and_the_controls_fail(shapes_bench):
     found = shapes_bench.words_measured(shapes_bench.SEEDS[0])
     assert still_holds(shapes_bench, found) > 20
@@ -70,6 +71,7 @@ def test_sliders_from_words_hold_what_the_table_says_and_the_controls_fail(shape
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 def test_discovered_sliders_hold_what_the_table_says(shapes_bench):
     found = shapes_bench.discovered(shapes_bench.Lab(), shapes_bench.SEEDS[0])
     assert still_holds(shapes_bench, found) > 10
