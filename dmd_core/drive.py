@@ -170,8 +170,8 @@ class Session:
 
     def begin(self, about: Mapping[str, Any]) -> None:
         """Loads the newest sound state into every process; the first one tidies the folder."""
+        resumed = self.first and self.run.resume(self.state, self.say)
         if self.first:
-            resumed = self.run.resume(self.state, self.say)
             settings = {"train": asdict(self.config), "drive": asdict(self.settings), **about}
             self.run.describe({**settings, "config_hash": self.state.config_hash})
             self.history = self.run.cut(self.state.step)
@@ -180,8 +180,9 @@ class Session:
                 done = self.state.step >= self.config.steps
                 more = f"has all its steps, {where}: nothing was trained; give it more, or set resume to new"
                 self.say(f"run {self.run.name!r} {more if done else f'goes on at step {where}'}")
-        chosen = self.processes.share(self.state.step)
-        if not self.first and chosen:
+        # a run that was cancelled in its first step has a state of step 0, with critics that have learned
+        chosen = self.processes.share(self.state.step if resumed else -1)
+        if not self.first and chosen >= 0:
             self.run.load(self.run.path / "states" / f"state_{chosen:08d}.safetensors", self.state)
         self.processes.share(0)  # nobody trains, and so no state is removed, before all have read theirs
         self.whole, self.saved_step = mark(self.state), self.state.step

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,10 +21,11 @@ from toy import MLP
 from dmd_core import headless, shapes, snapshots, views
 from dmd_core.data import Batch
 from dmd_core.denoiser import NetDenoiser, Prediction
+from dmd_core.drive import DriveConfig, drive
 from dmd_core.objectives.diffusion2gan import Perceptual
 from dmd_core.objectives.dmd2 import DMD2, DMD2Config
 from dmd_core.objectives.rectified_flow import RectifiedFlow, RectifiedFlowConfig
-from dmd_core.processes import Rows, Shared, SharedBatches
+from dmd_core.processes import ALONE, Rows, Shared, SharedBatches
 from dmd_core.runfile import parse_run_file, read_run_file
 from dmd_core.runs import Run
 from dmd_core.schedule import Flow
@@ -479,6 +481,11 @@ def batches(kind, n=8):
 
 
 CONFIG = TrainConfig(steps=5, clip=0.5)
+DRIVE = DriveConfig(snapshot_every=0, preview_every=0)
+
+
+def flat(own):
+    return {f"{k}.{n}": p.detach().clone() for k, pl in own.players.items() for n, p in pl.params.items()}
 
 
 def learn(kind, own, processes=None, n=8):
@@ -488,30 +495,61 @@ def learn(kind, own, processes=None, n=8):
     else:
         wrapped = own
     reports = list(train(wrapped, data, CONFIG, reduce=processes.mean if processes else None))
-    flat = {f"{k}.{n}": p.detach().clone() for k, pl in own.players.items() for n, p in pl.params.items()}
-    return flat, [r.losses for r in reports]
+    return flat(own), [r.losses for r in reports]
+
+
+def together(kind, work):
+    """What work(objective, processes) gives in each of two processes."""
+    own = [objective(kind) for _ in range(2)]  # not in the threads: they share the generator that networks start from
+    shared = {"slots": [None] * 2, "barrier": threading.Barrier(2)}
+    found = [None] * 2
+
+    def one(rank):
+        found[rank] = work(own[rank], Threads(rank, shared))
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(300)
+    return found
 
 
 @pytest.mark.parametrize(("kind", "n"), [("dmd2", 8), ("dmd2", 2), ("rectified_flow", 8)])
 def test_two_equal_one_with_the_double_batch(kind, n):
     expected, losses = learn(kind, objective(kind), n=n)
-    own = [objective(kind) for _ in range(2)]  # not in the threads: they share the generator that networks start from
-    shared = {"slots": [None] * 2, "barrier": threading.Barrier(2)}
-    found = [None] * 2
-
-    def work(rank):
-        found[rank] = learn(kind, own[rank], Threads(rank, shared), n)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(300)
-    for params, seen in found:
+    for params, seen in together(kind, lambda own, processes: learn(kind, own, processes, n)):
         for k, v in expected.items():
             torch.testing.assert_close(params[k], v, rtol=1e-6, atol=1e-9)
         for a, b in zip(seen, losses, strict=True):
             assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_two_go_on_from_a_run_that_was_cancelled_in_its_first_step(tmp_path):
+    """Its state is of step 0, and its critic has learned."""
+    broken_off, run = objective("dmd2"), Run(tmp_path / "run")
+    begun = flat(broken_off)
+    terms = broken_off.terms
+    broken_off.terms = lambda player, *rest: terms(player, *rest) if player == "critic" else cancel()
+    with pytest.raises(KeyboardInterrupt):
+        list(drive(broken_off, batches("dmd2"), CONFIG, run, DRIVE))
+    assert [p.name for p in run.states()] == ["state_00000000.safetensors"]
+    moved = {k for k, v in flat(broken_off).items() if not torch.equal(v, begun[k])}
+    assert moved == {k for k in begun if k.startswith("critic")}, "else both processes would have it from the start"
+    shutil.copytree(run.path, tmp_path / "alone")
+
+    def go_on(own, processes=ALONE, folder=run.path):
+        list(drive(own, batches("dmd2"), CONFIG, Run(folder), DRIVE, processes=processes))
+        return flat(own)
+
+    expected = go_on(objective("dmd2"), folder=tmp_path / "alone")
+    for params in together("dmd2", go_on):
+        for k, v in expected.items():
+            torch.testing.assert_close(params[k], v, rtol=1e-6, atol=1e-9)
+
+
+def cancel():
+    raise KeyboardInterrupt
 
 
 def test_without_its_rows_of_the_noise_it_would_not():
@@ -577,8 +615,7 @@ steps.close()
 p.share(0)
 own = t.objective("dmd2")
 for progress in drive(own, t.batches("dmd2"), t.CONFIG, run, settings, processes=p): pass
-flat = {{f"{{k}}.{{n}}": q.detach().clone() for k, pl in own.players.items() for n, q in pl.params.items()}}
-save_file(flat, r"{out}/rank%d.safetensors" % p.rank)
+save_file(t.flat(own), r"{out}/rank%d.safetensors" % p.rank)
 """
 
 
