@@ -2,7 +2,7 @@
 
 model = "shapes"                     # or a diffusers folder, or a .safetensors file
 [run]     name = "my run"            # RunSettings; every table below has the fields of its dataclass
-[data]    prompts = "prompts.txt"    # a file or a list
+[data]    prompts = "prompts.txt"    # a file or a list; or pictures = "folder", whose captions they are
 [method]  name = "dmd2"              # steps = 4, and every field of the method's own config
 [lora], [train], [drive], [samples]
 """
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import methods, probe
+from . import methods, pictures, probe
 from .adapters import Adapted, AdapterBank
 from .conditioning import Cond
 from .data import Latents, Prompts
@@ -90,8 +90,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.method.needs_pictures and not self.pictures:
             raise ValueError(
-                f"{self.file.method.name} learns from your own pictures, and there are none: in ComfyUI, choose their "
-                "folder in Encode Prompts"
+                f"{self.file.method.name} learns from your own pictures, and there are none: choose their folder in "
+                "Encode Prompts, or name it in [data] pictures of a run file, instead of prompts"
             )
 
     @property
@@ -371,7 +371,8 @@ def prepare(path: Path, resume: bool, say: Say) -> Job:
     method = methods.build(file, source, bank, pool, negative, processes)
     if file.model.checkpointing:
         source.checkpoint(bank)
-    return Job(file, source, bank, run, prompts, pool, negative, method, processes, say)
+    own = pictures_of(file, path, source) if method.needs_latents and method.takes_pictures else []
+    return Job(file, source, bank, run, prompts, pool, negative, method, processes, say, own)
 
 
 def open_for(file: RunFile, path: Path, resume: bool, processes: Processes) -> Run:
@@ -393,8 +394,32 @@ def prompt_cache(file: RunFile, source: Source) -> PromptCache:
 
 
 def prompts_of(file: RunFile, path: Path) -> list[str]:
-    given = file.data.prompts
+    given, folder = file.data.prompts, file.data.pictures
+    if bool(given) == bool(folder):
+        raise ValueError(
+            "[data] takes prompts (a file or a list) or pictures (a folder, their captions are the prompts); give "
+            + ("one of the two" if given else "one of them")
+        )
+    if folder:
+        return [p.caption for p in pictures.listed(folder_of(file, path))]
     return read_prompts(path.parent / given) if isinstance(given, str) else parse_prompts("\n".join(given))
+
+
+def pictures_of(file: RunFile, path: Path, source: Source) -> list[Tensor]:
+    """Latents of the user's own pictures, about as large as the run's."""
+    if not file.data.pictures:
+        return []
+    if source.latents is None:
+        raise ValueError("pictures need the model's VAE, and it has none; give a diffusers folder with vae/")
+    side = round(math.sqrt(math.prod(source.shape[1:])) / 2) * 16
+    return pictures.encoded(folder_of(file, path), side, source.latents)
+
+
+def folder_of(file: RunFile, path: Path) -> Path:
+    folder = path.parent / Path(file.data.pictures).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"[data] pictures is {file.data.pictures!r}: there is no folder {folder}")
+    return folder
 
 
 def fellows(file: RunFile) -> tuple[Processes, torch.device]:

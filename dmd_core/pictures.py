@@ -1,7 +1,7 @@
 """A folder of pictures with captions, each at one of a few sizes of about the same area."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,11 @@ def listed(folder: Path) -> list[Picture]:
     if not paths:
         raise ValueError(f"{folder} holds no pictures; put some there ({', '.join(ENDINGS)})")
     return [Picture(p, caption(p.with_suffix(".txt"))) for p in paths]
+
+
+def encoded(folder: Path, side: int, encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The latents of the pictures `listed` there, each of its bucket's size. encode: [1 3 h w] in -1..1 -> latents"""
+    return [encode(read(p.path, side).movedim(-1, 1) * 2 - 1)[0].cpu() for p in listed(folder)]
 
 
 def caption(path: Path) -> str:

@@ -67,7 +67,8 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    prompts: str | tuple[str, ...]  # a file, one per line, or a list
+    prompts: str | tuple[str, ...] = ()  # a file, one per line, or a list
+    pictures: str = ""  # a folder, the caption of fox.png in fox.txt; instead of prompts
     batch: int = 8  # of all processes together
     seed: int = 0
     pairs: int = 128  # batches of teacher pairs, for the methods that need them

@@ -37,6 +37,7 @@ class Source:
     free_text: Callable[[], None]
     checkpoint: Callable[[AdapterBank], None]
     pictures: Callable[[Tensor], Tensor] | None = None  # latents -> [n 3 h w] in -1..1
+    latents: Callable[[Tensor], Tensor] | None = None  # the other way
     features: Callable[[Tensor], Tensor] | None = None  # pictures -> [n d], to compare them in
     partial: Partial | None = None  # the network, some of its tokens at a time
     view: Callable[[nn.Module, bool], NetDenoiser] | None = None  # of a copy of the network, checkpointed or not
@@ -77,6 +78,7 @@ def shapes_source(model: "ModelSettings", device: torch.device) -> Source:
         free_text=lambda: None,
         checkpoint=lambda bank: None,
         pictures=torch.no_grad()(lambda latents: autoencoder.decode(latents).clamp(-1, 1)),
+        latents=torch.no_grad()(autoencoder.encode),
         features=features if size == height == SHAPES_SIZE else None,
         partial=shapes.teacher.Partial(net),
         view=lambda copied, _checkpointing: shapes.teacher.denoiser(copied),
@@ -107,6 +109,7 @@ def diffusers_source(model: "ModelSettings", device: torch.device) -> Source:
         checkpoint=bundle.checkpoint_blocks,
         view=bundle.view,
         pictures=torch.no_grad()(lambda latents: bundle.to_images(latents).clamp(-1, 1)) if has_vae else None,
+        latents=torch.no_grad()(bundle.to_latents) if has_vae else None,
     )
 
 

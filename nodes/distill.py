@@ -245,7 +245,8 @@ def export(run: Run, file: RunFile, texts: list[str], pictured: bool = False) ->
     )
     path = run.write_text("run.toml", write_run_file(file))
     note = "" if Path(file.model.path).is_file() else " Set [model] path first: this MODEL's file is not known."
-    note += " Pictures do not go with it: there the teacher makes them." if pictured else ""
+    own = " Pictures do not go with it: give their folder as [data] pictures instead of prompts."
+    note += own if pictured else ""
     return f"{path}\nrun it with: python -m dmd_core train {path.name}, in {path.parent}.{note}"
 
 
