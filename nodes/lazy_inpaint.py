@@ -353,6 +353,8 @@ class Lazy:
                 f"computed {run.work / run.whole:.2f} of a dense run's tokens, text included; the law for a lazy step "
                 f"is {step_cost(run.tokens.share, run.seen or total, run.text):.2f}"
             )
+            if self.config.mode == "auto":
+                lines += faster_crop(run.tokens, grid_of(run), run.text, run.work / run.whole)
         if run.bank is not None:
             lines.append(memory(run.bank, self.beside.banks()))
         if self.beside.dropped:
@@ -405,12 +407,17 @@ def computed(run: Run, total: int) -> Tensor:
 
 def token_cells(chosen: Tensor, run: Run) -> Tensor:
     """Token mask [n] -> latent cells, bool [1 1 t h w]."""
-    size = _five(run.latent).shape[2:]
-    grid = [-(-s // p) for s, p in zip(size, run.patch, strict=True)]
-    cells = rearrange(chosen.to(run.latent.device), "(t h w) -> 1 1 t h w", t=grid[0], h=grid[1], w=grid[2])
+    size, (rows, columns) = _five(run.latent).shape[2:], grid_of(run)
+    cells = rearrange(chosen.to(run.latent.device), "(t h w) -> 1 1 t h w", h=rows, w=columns)
     for axis, p in enumerate(run.patch):
         cells = cells.repeat_interleave(p, axis + 2)
     return cells[:, :, : size[0], : size[1], : size[2]]
+
+
+def grid_of(run: Run) -> tuple[int, int]:
+    """Rows and columns of tokens."""
+    height, width = run.latent.shape[-2:]
+    return -(-height // run.patch[1]), -(-width // run.patch[2])
 
 
 def memory(bank: Bank, others: Mapping[str, Bank] | None = None) -> str:
@@ -460,10 +467,13 @@ def predicted(tokens: Tokens, grid: tuple[int, int], text: int, steps: int, conf
         f"refresh, {steps} steps: {run_cost(share, total, text, steps, dense):.2f} of a dense run",
         f"session: the first edit about a dense run, later ones {step_cost(share, total, text):.2f}",
     ]
-    hole = rearrange(tokens.hole, "(t h w) -> t h w", h=grid[0], w=grid[1]).any(0)
-    if (box := box_of(hole)) is not None:
-        crop = min(1.0, 2.25 * box.area / math.prod(grid))
-        cost = step_cost(crop, total, text)
-        if cost < run_cost(share, total, text, steps, dense):
-            lines.append(f"a crop with 1.5x context costs {cost:.2f}: faster, but blind to the rest of the picture")
-    return "\n".join(lines)
+    return "\n".join([*lines, *faster_crop(tokens, grid, text, run_cost(share, total, text, steps, dense))])
+
+
+def faster_crop(tokens: Tokens, grid: tuple[int, int], text: int, cost: float) -> list[str]:
+    """A line where a crop would cost less than `cost` of a dense run."""
+    box = box_of(rearrange(tokens.hole, "(t h w) -> t h w", h=grid[0], w=grid[1]).any(0))
+    if box is None:
+        return []
+    crop = step_cost(min(1.0, 2.25 * box.area / math.prod(grid)), len(tokens.computed), text)
+    return [f"a crop with 1.5x context costs {crop:.2f}: faster, but blind to the rest of the picture"] * (crop < cost)

@@ -262,6 +262,18 @@ else:
             seed=seed,
         ).clone()
 
+    @pytest.mark.parametrize(
+        ("mode", "rows", "said"),
+        [("auto", slice(4, 8), True), ("auto", slice(0, 16, 15), False), ("refresh", slice(4, 8), False)],
+        ids=["a small hole", "two ends of the picture", "mode chosen by hand"],
+    )
+    def test_auto_says_when_a_crop_is_the_faster_choice(mode, rows, said):
+        latent = draw(shape_of("flux"), 5)
+        patch, clone = patched(comfy_tiny.patcher("flux"), mode=mode)
+        sampled(clone, "flux", hole(latent.shape, rows=rows, columns=rows), latent, steps=12)
+        assert "computed 0." in patch.report()
+        assert ("a crop with 1.5x context costs" in patch.report()) == said
+
     def test_mode_dense_and_a_full_mask_are_the_bare_model_to_the_bit(family, model):
         shape = shape_of(family)
         latent, everything = draw(shape, 5), torch.ones(1, 1, *shape[-2:])
