@@ -459,13 +459,14 @@ def test_what_a_killed_run_left_beside_its_files_is_cleared_when_it_goes_on(tmp_
     go(Tug(), run, replace(OFTEN, snapshot_every=4, preview_every=4), until=9)
     newest = run.states()[0]
     kept = newest.read_bytes()
-    for name in (f"states/.{newest.name}.part/part", "snapshots/.step_00000012.part/sheet.png"):
+    pair = "pairs/.pairs_000001.safetensors.part/part"
+    for name in (f"states/.{newest.name}.part/part", "snapshots/.step_00000012.part/sheet.png", pair):
         (run.path / name).parent.mkdir(parents=True)
         (run.path / name).touch()
     for name in (".report.txt.part", "previews/.latest.png.part"):
         (run.path / name).parent.mkdir(parents=True, exist_ok=True)
         (run.path / name).touch()
-    assert len(run.leftovers()) == 4
+    assert len(run.leftovers()) == 5
     run.cut(9)
     assert newest.read_bytes() == kept
     assert not list(run.path.rglob("*.part"))
