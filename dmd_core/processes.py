@@ -1,11 +1,13 @@
 """Many processes train one student: each sees its rows of the batch, and gradients are averaged.
 
 n processes with b samples each do what one does with n * b: every process draws the noise of the whole batch from the
-same generator and takes its rows. So a run does not depend on how many processes it has, and may go on with another
-number. (Exact for losses that are means over samples; what compares samples within a batch sees its rows only.)
+same generator and takes its rows (`together` where samples are not drawn one by one, as holes of one size). So a run
+does not depend on how many processes it has, and may go on with another number. (Exact for losses that
+are means over samples; what compares samples within a batch sees its rows only.)
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -92,9 +94,17 @@ class Rows(TorchFunctionMode):
         super().__init__()
         self.rank, self.count, self.batch = rank, count, batch
 
+    def __enter__(self) -> "Rows":
+        self.before = _sharing.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _sharing.reset(self.before)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in DRAWS or kwargs.get("generator") is None:
+        if func not in DRAWS or kwargs.get("generator") is None or _sharing.get() is not self:
             return func(*args, **kwargs)
         if func is torch.multinomial:
             return self.multinomial(args, kwargs)
@@ -112,6 +122,21 @@ class Rows(TorchFunctionMode):
 
     def own(self, drawn: Tensor) -> Tensor:
         return drawn[self.rank * self.batch : (self.rank + 1) * self.batch]
+
+
+_sharing: ContextVar[Rows | None] = ContextVar("sharing", default=None)  # threads have each their own
+
+
+def together(draw: Callable[[int], Tensor], n: int) -> Tensor:
+    """draw(n), whose samples depend on each other: it is asked for those of all processes, this one takes its rows."""
+    rows = _sharing.get()
+    if rows is None:
+        return draw(n)
+    token = _sharing.set(None)
+    try:
+        return rows.own(draw(n * rows.count))
+    finally:
+        _sharing.reset(token)
 
 
 def split_size(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:

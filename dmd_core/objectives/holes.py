@@ -13,6 +13,7 @@ from ..data import Batch
 from ..denoiser import Denoiser
 from ..inpaint.partial import Filler, cells, grid, inside
 from ..inpaint.strokes import MaskConfig, draw_holes
+from ..processes import together
 from .generation import SIGMA_FLOOR, denoising_weight, noise_levels, noised
 
 
@@ -58,7 +59,8 @@ class Holes:
         seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
         rows, columns = grid(canvas, self.patch)
         own = torch.Generator().manual_seed(seed)
-        hole = draw_holes(len(canvas), rows, columns, own, self.lazy.masks).to(canvas.device)
+        # of one size over all processes, as in a batch
+        hole = together(lambda n: draw_holes(n, rows, columns, own, self.lazy.masks), len(canvas)).to(canvas.device)
         return hole, self.filler(canvas, hole)
 
     def spoken(self, cond: Any, rng: torch.Generator) -> Any:
