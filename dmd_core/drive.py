@@ -1,7 +1,8 @@
 """A run from begin to end as one generator: the node and the command line only draw what it yields.
 
-It saves every so often, at the end and when it is cancelled; goes on where the folder stands; takes snapshots, judges
-them and writes a report. Whatever the caller raises, closes or kills, the folder holds a whole state.
+It saves every so often, at the end and, unless its weights are shards, when it is cancelled; goes on where the folder
+stands; takes snapshots, judges them and writes a report. Whatever the caller raises, closes or kills, the folder holds
+a whole state.
 """
 
 import logging
@@ -91,8 +92,9 @@ def drive(
 ) -> Iterator[Progress]:
     """Trains in the run folder until config.steps, going on where its newest sound state stands.
 
-    Cancel by close(), or by any exception raised at the yield or inside the objective: the state is saved and the
-    exception passes. `about` goes into run.json. With many processes every one of them drives; the first one writes.
+    Cancel by close(), or by any exception raised at the yield or inside the objective: the state is saved (not that of
+    shards, see `rescue`) and the exception passes. `about` goes into run.json. With many processes every one of them
+    drives; the first one writes.
     """
     settings = settings or DriveConfig()
     if processes.count > 1:
@@ -315,12 +317,13 @@ class Session:
 
         Shards are not saved: nobody knows whether the other processes are cancelled too, and when.
         """
-        if not self.first or self.state.sharded or self.state.step + sum(self.state.counters.values()) == 0:
+        if not self.first or self.state.step + sum(self.state.counters.values()) == 0:
             return
         try:
             with torch.inference_mode(False):
-                self.save_interrupted()
-                self.write_report("cancelled; start it again to go on")
+                if not self.state.sharded:
+                    self.save_interrupted()
+                self.write_report(f"cancelled; {self.kept()}; start it again to go on")
         except Exception as error:
             log.warning("the cancelled run could not be saved: %s", error)
             self.say(str(error))

@@ -313,6 +313,20 @@ class TestStopping:
         go(objective, run)
         assert same(weights(objective), expected)
 
+    @pytest.mark.parametrize(("sharded", "kept"), [(False, 5), (True, 3)])
+    def test_the_report_says_which_state_a_cancelled_run_has(self, tmp_path, monkeypatch, sharded, kept):
+        class Shards(TrainState):
+            def __init__(self, *given):
+                super().__init__(*given)
+                self.sharded = sharded
+
+        monkeypatch.setattr("dmd_core.drive.TrainState", Shards)
+        run = Run(tmp_path / "r")
+        go(Tug(), run, replace(OFTEN, snapshot_every=2), until=5)
+        assert step_of(run.states()[0]) == kept
+        said = f"cancelled; the last good state, of step {kept}, is kept; start it again to go on. 5 of 12 updates"
+        assert said in (run.path / "report.txt").read_text()
+
     @pytest.mark.parametrize("error", [Cancelled, KeyboardInterrupt, RuntimeError])
     def test_an_exception_at_the_yield_saves_and_passes(self, tmp_path, error, expected):
         run = Run(tmp_path / "r")

@@ -86,6 +86,7 @@ def work(processes, out):
             go(Run(out / name), processes, stop)
             processes.share(0)
             if processes.rank == 0:
+                assert "cancelled; the last good state, of step 2" in (out / name / "report.txt").read_text()
                 shutil.copytree(out / name, out / "two then one")
             processes.share(0)
         found |= {f"{name}/{k}": v for k, v in go(Run(out / name), processes).items()}
