@@ -61,7 +61,7 @@ def batches(seed: int = 1, n: int = 64):
         yield Batch(None, (n, 1, 2, 2), worlds(n, rng))
 
 
-def lazy(**options) -> tuple[LazyLADD, Reader]:
+def lazy(steps: int = 0, **options) -> tuple[LazyLADD, Reader]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         teacher, student = NetDenoiser(Mixer().requires_grad_(False), Flow(), Prediction.FLOW), Reader()
@@ -74,7 +74,7 @@ def lazy(**options) -> tuple[LazyLADD, Reader]:
     def filler(canvas, hole):
         return OnCanvas(student, canvas, hole)
 
-    return LazyLADD(teacher, filler, None, params, judge, LazyLADDConfig(**settings), patch=1), student
+    return LazyLADD(teacher, filler, None, params, judge, LazyLADDConfig(**settings), steps, 1), student
 
 
 @torch.no_grad()
@@ -134,6 +134,17 @@ def test_first_it_denoises_then_it_plays_and_each_learns_its_own():
         assert max(g.abs().max() for g in grads if g is not None) > 0
         if player == "discriminator":
             assert all(g is None for g in torch.autograd.grad(loss, stays, allow_unused=True))
+
+
+@pytest.mark.parametrize(("steps", "early", "meant"), [(100, -1, 20), (500, -1, 100), (500, 30, 30), (500, 0, 0)])
+def test_the_curriculum_begins_when_the_denoising_is_over(steps, early, meant):
+    objective, _ = lazy(steps, sigmas=(1.0, 0.5), adapt=50, early_steps=early)
+    cleaner = []
+    for step in range(steps):
+        if "discriminator" in objective.turns(step):
+            cleaner.append(objective.shares().tolist() == [0, 1])
+    assert len(cleaner) == steps - 50
+    assert cleaner == [True] * meant + [False] * (steps - 50 - meant)
 
 
 def test_latents_and_sound_holes_are_asked_for():

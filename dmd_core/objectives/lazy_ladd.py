@@ -51,6 +51,8 @@ class LazyLADD(Holes, LADD):
         self.negative, self.judge = negative, InHole(discriminator.reader, discriminator.heads)
         # the student of a batch is made for its canvases; the teacher stands in for what all of them share
         super().__init__(teacher, student_params, self.judge, config, steps)
+        if self.early:
+            self.early += config.adapt  # the first updates of LADD come after those that only denoise
 
     def terms(self, player: str, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         student, batch = self.drawn(batch, rng)
