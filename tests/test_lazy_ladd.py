@@ -122,6 +122,26 @@ def test_only_the_tokens_of_the_hole_are_heard():
     assert other(batch.latents, torch.full((4,), 0.5), None)[0].shape == (4, 4)
 
 
+def test_the_judges_see_the_canvas_around_the_hole_whatever_the_student_was_shown():
+    objective, _ = lazy()
+    batch, task, seen = next(batches(2, 8)), objective.task, []
+
+    def blanked(batch, canvas, rng):
+        hole, _ = task(batch, canvas, rng)
+        return hole, objective.filler(torch.zeros_like(canvas), hole)
+
+    objective.task, judged = blanked, objective.judged
+    objective.judged = lambda x, rng: seen.append(x.detach().flatten(1)) or judged(x, rng)
+    canvas = batch.latents.flatten(1)
+    for player, shown in (("student", 1), ("discriminator", 2)):
+        seen.clear()
+        objective.terms(player, batch, generator())
+        assert len(seen) == shown
+        outside = ~objective.hole
+        assert all(torch.equal(x[outside], canvas[outside]) for x in seen)
+        assert not torch.equal(seen[-1][~outside], canvas[~outside])  # control: the hole is the student's
+
+
 def test_first_it_denoises_then_it_plays_and_each_learns_its_own():
     objective, student = lazy(adapt=1)
     reports = list(train(objective, batches(n=8), TrainConfig(steps=2)))

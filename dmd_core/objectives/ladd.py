@@ -87,12 +87,15 @@ class LADD:
     def terms(self, player: str, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         latents = batch.clean("LADD").to(self.dtype)
         with torch.set_grad_enabled(player == "student"):
-            x, sigma = self.student_input(latents, rng)
-            x0 = self.student(x, sigma, batch.cond)
+            x0 = self.made(latents, batch, rng)
         if player == "student":
             logits = self.discriminator(*self.judged(x0, rng), batch.cond)
             return {"gan": losses.gan_student(logits, self.config.loss)}
         return self.discriminator_terms(x0, latents, batch, rng)
+
+    def made(self, latents: Tensor, batch: Batch, rng: torch.Generator) -> Tensor:
+        """What the student makes, as the judges see it."""
+        return self.student(*self.student_input(latents, rng), batch.cond)
 
     def discriminator_terms(self, x0: Tensor, latents: Tensor, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         c = self.config

@@ -60,3 +60,6 @@ class LazyLADD(Holes, LADD):
             return self.adapt_terms(student, batch, rng, "native", 0.0)
         self.student, self.judge.hole = student, self.hole
         return super().terms(player, batch, rng)
+
+    def made(self, latents: Tensor, batch: Batch, rng: torch.Generator) -> Tensor:
+        return self.on_canvas(super().made(latents, batch, rng), batch)
