@@ -2,8 +2,8 @@
 
 n processes with b samples each do what one does with n * b: every process draws the noise of the whole batch from the
 same generator and takes its rows (`together` where samples are not drawn one by one, as holes of one size). So a run
-does not depend on how many processes it has, and may go on with another number. (Exact for losses that
-are means over samples; what compares samples within a batch sees its rows only.)
+does not depend on how many processes it has, and may go on with another number. (Exact for losses that are means over
+samples; what compares samples within a batch sees its rows only.)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -125,6 +125,12 @@ class Rows(TorchFunctionMode):
 
 
 _sharing: ContextVar[Rows | None] = ContextVar("sharing", default=None)  # threads have each their own
+
+
+def samples(n: int) -> int:
+    """How many samples all processes see, where this one sees n."""
+    rows = _sharing.get()
+    return n if rows is None else n * rows.count
 
 
 def together(draw: Callable[[int], Tensor], n: int) -> Tensor:

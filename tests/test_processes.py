@@ -1,6 +1,7 @@
 """Several processes learn what one learns with all their rows: what the lazy methods draw for a whole batch."""
 
 import threading
+from itertools import islice
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def learn(made, processes=None):
     return found, [r.losses for r in reports]
 
 
-@pytest.mark.parametrize("kind", ["lazy_inpaint"])
+@pytest.mark.parametrize("kind", ["lazy_inpaint", "lazy_ladd"])
 def test_two_processes_of_one_picture_each_learn_what_one_learns_from_two(kind):
     expected, losses = learn(METHODS[kind]())
     made, found = [METHODS[kind]() for _ in range(2)], [None] * 2
@@ -43,6 +44,18 @@ def test_two_processes_of_one_picture_each_learn_what_one_learns_from_two(kind):
             torch.testing.assert_close(params[k], v, rtol=1e-4, atol=1e-6)
         for a, b in zip(seen, losses, strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+class OneOf:
+    """The first of several processes, with nobody to talk to."""
+
+    rank = 0
+
+    def __init__(self, count):
+        self.count = count
+
+    def mean(self, tensors):
+        pass
 
 
 def generator() -> torch.Generator:
@@ -68,3 +81,11 @@ def test_the_holes_of_several_processes_are_rows_of_one_batch(each):
         assert torch.equal(after, torch.rand(2 * each, generator=generator())[mine])
     # control: drawn by each process for itself
     assert any(a.shape != w.shape or not torch.equal(a, w) for a, w in zip(apart, whole.split(each), strict=True))
+
+
+def test_a_discriminator_counts_the_samples_of_all_processes():
+    objective, batches = METHODS["ladd"]()
+    (row,) = islice(SharedBatches(batches, OneOf(8)), 1)
+    assert "gan" in Shared(objective, OneOf(8)).terms("discriminator", row, generator())
+    with pytest.raises(ValueError, match="one sample per update"):  # control
+        objective.terms("discriminator", row, generator())

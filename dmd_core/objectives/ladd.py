@@ -13,6 +13,7 @@ from .. import losses
 from ..data import Batch
 from ..denoiser import Denoiser
 from ..discriminators import Discriminator, verdict
+from ..processes import samples
 from ..samplers import start
 from ..schedule import Schedule, add_noise, expand
 from ..train import Player
@@ -99,10 +100,10 @@ class LADD:
 
     def discriminator_terms(self, x0: Tensor, latents: Tensor, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         c = self.config
-        if len(latents) * c.discriminator_accumulate < 2:
+        if samples(len(latents)) * c.discriminator_accumulate < 2:
             raise ValueError(
                 "LADD's discriminator sees one sample per update, which saturates it within a few hundred updates; "
-                "use a batch of 2 or more, or accumulate"
+                "use a batch of 2 or more over all processes, or accumulate"
             )
         x, sigma = self.judged(latents, rng)
         real = self.discriminator(x, sigma, batch.cond)
