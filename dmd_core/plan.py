@@ -162,11 +162,11 @@ def advice(made: Plan, config: TrainConfig, checkpointing: bool, batch: int) -> 
     if config.optimizer == "adamw":
         found.append(f"optimizer 'adamw8bit': about {size(0.75 * made.optimizer)} less")
     learning = made.trained + made.averages + made.optimizer
-    if made.copies:
+    if made.copies:  # which a quantised base cannot have
         found.append(f"LoRA sets instead of whole copies (full = false): nearly all of {size(learning)} less")
     else:
         found.append(f"half the LoRA rank: about {size(learning / 2)} less")
-    found.append(f"an fp8 base: up to {size(made.base / 2)} less, if it is bf16 now")
+        found.append(f"an fp8 base: up to {size(made.base / 2)} less, if it is bf16 now")
     found.append("a smaller picture size")
     return found
 

@@ -79,6 +79,13 @@ class TestPlan:
         assert not any(w in done for w in ("checkpointing", "'bf16'", "accumulate", "adamw8bit"))
         assert of(TrainConfig(), peak=4.0, checkpointing=False, batch=4) == ""
 
+    def test_whole_copies_are_not_told_to_take_an_fp8_base(self):
+        """Which they would be refused."""
+        for copies, word in ((0, "an fp8 base"), (2, "LoRA sets instead of whole copies")):
+            told = " ".join(plan.advice(self.sized(peak=20.0 * GIB, copies=copies), TrainConfig(), True, 1))
+            assert word in told
+            assert ("fp8" in told) == (copies == 0)
+
     def test_out_of_memory_is_a_finding_not_a_crash(self):
         objective = Fit()
         before = objective.own.detach().clone()
