@@ -180,6 +180,7 @@ class Job:
             batch=self.file.data.batch,
             first=self.method.settled,
             copies=self.method.copies,
+            drive=self.file.drive,
         )
 
     # --- data

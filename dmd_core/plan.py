@@ -1,14 +1,18 @@
 """What a run will cost, measured on two steps before it starts, and what to change where it does not fit."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .train import Objective, Seekable, TrainConfig, train
 from .trainstate import TrainState, whole
+
+if TYPE_CHECKING:
+    from .drive import DriveConfig
 
 GIB = 2**30
 CARDS = (12, 16, 24)  # GB
@@ -29,6 +33,8 @@ class Plan:
     optimizer: int
     peak: float | None
     copies: int = 0  # players that train a whole copy of the network
+    snapshot: int = 0  # one on disk: the student's average
+    disk: int = 0  # the most that states and snapshots come to
     advice: tuple[str, ...] = ()
 
     @property
@@ -36,9 +42,14 @@ class Plan:
         return self.steps * self.seconds_per_step / 3600
 
     @property
+    def state(self) -> int:
+        """All that learns: what a saved state holds."""
+        return self.trained + self.averages + self.optimizer
+
+    @property
     def parameters(self) -> int:
         """All that is kept between steps."""
-        return self.base + self.trained + self.averages + self.optimizer
+        return self.base + self.state
 
     def fits(self) -> dict[int, bool | None]:
         """Per card size; None where it cannot be told. Parameters alone can say no, never yes."""
@@ -56,8 +67,11 @@ class Plan:
             f"kept in memory: {kept} + {size(self.averages)} averages = {size(self.parameters)}",
         ]
         if self.copies:
-            state = self.trained + self.averages + self.optimizer
-            lines.append(f"{self.copies} whole copies of the network learn; a saved state takes {size(state)} of disk")
+            players = f"{self.copies} whole cop{'y' if self.copies == 1 else 'ies'} of the network"
+            lines += [
+                f"{players} to train: a saved state takes {size(self.state)} of disk and, as it is written, of memory",
+                f"a snapshot {size(self.snapshot)}, all of them up to {size(self.disk)} (fewer: keep, keep_snapshots)",
+            ]
         if self.peak is None:
             lines.append("peak memory: not measured. A CPU does not count activations: plan again on the GPU itself")
         elif self.peak == float("inf"):
@@ -78,10 +92,12 @@ def plan(
     steps_done: int = 0,
     first: int = 0,
     copies: int = 0,
+    drive: "DriveConfig | None" = None,
 ) -> Plan:
     """Runs two steps and takes them back: parameters are what they were afterwards, to the bit.
 
     first: the step from which on all cost the same. copies: players that train whole copies of the network.
+    drive: what is kept on disk.
     """
     device = next(iter(next(iter(objective.players.values())).params.values())).device
     before = {k: {n: p.detach().cpu().clone() for n, p in pl.params.items()} for k, pl in objective.players.items()}
@@ -119,7 +135,16 @@ def plan(
         peak=peak,
         copies=copies,
     )
+    if drive is not None:
+        made = replace(made, snapshot=sum(nbytes(p) for p in state.params.get(drive.player, {}).values()))
+        made = replace(made, disk=disk(made, config.steps, drive))
     return replace(made, advice=tuple(advice(made, config, checkpointing, batch)))
+
+
+def disk(made: Plan, steps: int, drive: "DriveConfig") -> int:
+    """Bytes of all states and snapshots while one more of each is written; the best snapshot stays beside the last."""
+    snapshots = math.ceil(steps / drive.snapshot_every) if drive.snapshot_every else 1
+    return (drive.keep + 1) * made.state + min(drive.keep_snapshots + 2, snapshots) * made.snapshot
 
 
 @torch.no_grad()
@@ -161,11 +186,10 @@ def advice(made: Plan, config: TrainConfig, checkpointing: bool, batch: int) -> 
         found.append(f"batch 1 with accumulate x {batch}: the same update{share}")
     if config.optimizer == "adamw":
         found.append(f"optimizer 'adamw8bit': about {size(0.75 * made.optimizer)} less")
-    learning = made.trained + made.averages + made.optimizer
     if made.copies:  # which a quantised base cannot have
-        found.append(f"LoRA sets instead of whole copies (full = false): nearly all of {size(learning)} less")
+        found.append(f"LoRA sets instead of whole copies (full = false): nearly all of {size(made.state)} less")
     else:
-        found.append(f"half the LoRA rank: about {size(learning / 2)} less")
+        found.append(f"half the LoRA rank: about {size(made.state / 2)} less")
         found.append(f"an fp8 base: up to {size(made.base / 2)} less, if it is bf16 now")
     found.append("a smaller picture size")
     return found

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .shards import collected, fill, gathered, is_shard, part_of
+from .shards import collected, fill, gathered, is_shard, own, part_of
 
 if TYPE_CHECKING:
     from .train import Objective, Player, TrainConfig
@@ -71,18 +71,23 @@ class TrainState:
 
     @contextmanager
     def averaged(self, name: str) -> Iterator[None]:
-        """Inside, the player's parameters are its EMA (or themselves where none is kept)."""
-        live = {k: p.detach().clone() for k, p in self.params[name].items()}
-        self._copy(name, self.ema.get(name, live))
+        """Inside, the player's parameters are its EMA (or themselves where none is kept).
+
+        They wait in main memory: one more copy of a whole network may not fit on the device.
+        """
+        average = self.ema.get(name, {})
+        live = {k: own(self.params[name][k].detach()).to("cpu", copy=True) for k in average}
         try:
+            self._copy(name, average)
             yield
         finally:
-            self._copy(name, live)
+            for key, value in live.items():
+                own(self.params[name][key].detach()).copy_(value)
 
     @torch.no_grad()
     def _copy(self, name: str, values: Mapping[str, Tensor]) -> None:
-        for key, p in self.params[name].items():
-            fill(p, values[key])
+        for key, value in values.items():
+            fill(self.params[name][key], value)
 
     def save(self, path: Path, meta: Mapping[str, Any] | None = None) -> None:
         """Written aside, flushed, then renamed: a crash leaves the old file or the new one, never half of one."""

@@ -154,3 +154,15 @@ def test_the_table_of_memory_is_what_the_plan_computes():
     assert run.stdout.count("\n") > 10
     for line in run.stdout.strip().splitlines():
         assert line in page
+
+
+def test_the_disk_of_whole_copies_is_what_the_plan_counts():
+    """SDXL's network has 2568 million weights (docs/benchmarks.md, memory on paper)."""
+    count = 2_568_000_000
+    player = {"base": 2 * count, "trained": 8 * count, "averages": 4 * count, "optimizer": 16 * count}
+    made = plan.Plan(device="", steps=0, seconds_per_step=0, peak=None, copies=2, snapshot=4 * count, **player)
+    page = (ROOT / "docs" / "distil.md").read_text(encoding="utf-8").replace("\n", " ")
+    sizes = [v / plan.GIB for v in (made.state, made.snapshot, plan.disk(made, 10_000, DriveConfig()))]
+    assert "For SDXL that is {:.0f} GB and {:.2f} GB, and".format(*sizes) in page
+    assert f"up to {sizes[2]:.0f} GB" in page
+    assert (DriveConfig().keep, DriveConfig().keep_snapshots) == (3, 20)

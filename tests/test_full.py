@@ -12,6 +12,7 @@ from test_layouts import BACK, NETS
 
 from dmd_core import headless, shapes
 from dmd_core.families import by_name
+from dmd_core.plan import size
 from dmd_core.runs import Run
 from dmd_core.weights.checkpoint import CHECKPOINT_PREFIX, base_hash, replace_weights
 from dmd_core.weights.layouts import native_pieces
@@ -101,6 +102,23 @@ def test_a_run_of_copies_goes_on_to_the_same_bits(world):
     path.write_text(path.read_text().replace("full = true", "full = false").replace("steps = 4", "steps = 5"))
     with pytest.raises(ValueError, match=r"another training \(whole copies, this is LoRA sets\)"):
         headless.train_from(path, resume=True, **QUIET)
+
+
+def test_the_plan_says_what_states_and_snapshots_take(world):
+    path = full(world, more="critic_updates = 1", steps=5)
+    path.write_text(
+        path.read_text().replace("save_every = 2", "save_every = 1\nkeep = 2\nsnapshot_every = 1\nkeep_snapshots = 2")
+    )
+    job = headless.prepare(path, False, lambda s: None)
+    made, most = job.plan(), 0
+    for _ in job.drive():
+        most = max(most, sum(p.stat().st_size for p in job.run.path.glob("s*/**/*.safetensors")))
+    state, snapshot = job.run.states()[0], job.run.snapshots()[-1] / "student.safetensors"
+    assert state.stat().st_size == pytest.approx(made.state, rel=0.03)  # its header has a name for every tensor
+    assert snapshot.stat().st_size == pytest.approx(made.snapshot, rel=0.03)
+    assert 0.5 * made.disk < most < made.disk
+    assert f"a saved state takes {size(made.state)} of disk" in made.words()
+    assert f"a snapshot {size(made.snapshot)}, all of them up to {size(made.disk)} " in made.words()
 
 
 class Two:

@@ -2,10 +2,13 @@ import os
 import signal
 import time
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmd_core.train import NonFinite, Player, TrainConfig, train
 from dmd_core.trainstate import TrainState
@@ -127,6 +130,35 @@ def test_averaged_swaps_the_ema_in_and_back():
     assert not torch.equal(inside[2], live[2])
     assert torch.equal(inside[2], state.ema["pull"]["weight"])
     assert all(torch.equal(a, b) for a, b in zip(weights(objective), live, strict=True))
+
+
+class Storages(TorchDispatchMode):
+    """Of all tensors that operators give, on each device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {"cpu": set(), "meta": set()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.seen[made.device.type].add(made.untyped_storage()._cdata)
+        return made
+
+
+def test_averaged_holds_no_further_copy_on_the_device():
+    """On a device that is only pretended: nothing is computed, but everything has its place."""
+    with FakeTensorMode():
+        params = {k: nn.Parameter(torch.zeros(3, device="meta")) for k in ("a", "b")}
+        state = TrainState(SimpleNamespace(players={"pull": Player(params, 1e-2, ema=0.9)}), CONFIG)
+        there = {p.untyped_storage()._cdata for p in (*params.values(), *state.ema["pull"].values())}
+        with Storages() as storages, state.averaged("pull"):
+            pass
+        assert storages.seen["meta"] <= there
+        assert len(storages.seen["cpu"]) == 2
+        with Storages() as control:
+            kept = [p.detach().clone() for p in params.values()]
+        assert len(control.seen["meta"] - there) == len(kept)
 
 
 def test_clipping_and_warmup_bound_the_first_update():
