@@ -29,8 +29,10 @@ def copied(
     """In fp32 or better, as optimisers need it; [train] precision 'bf16' computes in bf16 all the same."""
     assert source.view is not None
     bank.detach()  # its hooks belong to the frozen network
-    net = copy.deepcopy(source.net)
-    bank.attach()
+    try:
+        net = copy.deepcopy(source.net)
+    finally:  # there may be no memory for a copy, and a host keeps the network
+        bank.attach()
     net.to(torch.promote_types(next(net.parameters()).dtype, torch.float32)).requires_grad_(True)
     if processes.count > 1:
         shard(net, source.family.block_names(n for n, _ in net.named_modules()), processes.count)

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from test_headless import world, write
 from test_layouts import BACK, NETS
 
-from dmd_core import headless, shapes
+from dmd_core import copies, headless, shapes
 from dmd_core.families import by_name
 from dmd_core.plan import size
+from dmd_core.processes import ALONE
 from dmd_core.runs import Run
 from dmd_core.weights.checkpoint import CHECKPOINT_PREFIX, base_hash, replace_weights
 from dmd_core.weights.layouts import native_pieces
@@ -88,6 +89,16 @@ def test_a_copy_begins_as_the_teacher_and_an_adapter_of_the_base_does_not_reach_
             assert torch.equal(objective.student(x, sigma, cond), teacher)
 
 
+def test_a_copy_that_finds_no_memory_leaves_the_network_with_its_adapters(world, monkeypatch):
+    job = headless.prepare(write(world), False, lambda s: None)
+    hooks = [len(m._forward_hooks) for m in job.bank.layers.values()]
+    monkeypatch.setattr(copies.copy, "deepcopy", lambda net: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):
+        copies.copied(job.source, job.bank, False, ALONE)
+    assert min(hooks) == 1
+    assert hooks == [len(m._forward_hooks) for m in job.bank.layers.values()]
+
+
 def test_a_run_of_copies_goes_on_to_the_same_bits(world):
     path = full(world, more="critic_updates = 1", steps=4)
     headless.train_from(path, **QUIET)
@@ -147,8 +158,6 @@ def test_what_cannot_work_is_refused_before_anything_is_copied(world, monkeypatc
 
 
 def test_a_quantised_base_is_refused(world, tmp_path):
-    from dmd_core import copies
-
     job = headless.prepare(write(world), False, lambda s: None)
     assert copies.quantised(job.file, job.source) == ""
     weight = next(p for p in job.source.net.parameters() if p.ndim == 2)
