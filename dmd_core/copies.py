@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,9 +66,8 @@ def refuse_copies(file: "RunFile", source: "Source", processes: Processes) -> No
 def quantised(file: "RunFile", source: "Source") -> str:
     """The first type of weights that is none to learn from; a file's own count, since loading may widen them."""
     odd = next((p.dtype for p in source.net.parameters() if p.dtype not in FLOATS), None)
-    path = Path(file.where) / file.model.path
-    if odd is None and path.is_file():
-        header = read_weights_header(path)
+    if odd is None and file.base_file is not None:
+        header = read_weights_header(file.base_file)
         weights = (k for k in network_keys(header.shapes) if k.endswith("weight") and len(header.shapes[k]) >= 2)
         return next((header.dtypes[k] for k in weights if header.dtypes[k] not in FLOAT_NAMES), "")
     return str(odd).removeprefix("torch.") if odd else ""

@@ -288,11 +288,7 @@ class Job:
 
     def identity(self) -> str:
         """Of the base; from its file where that is one, since a network in memory may have other names."""
-        return base_hash(self.base_file() or self.source.net)
-
-    def base_file(self) -> Path | None:
-        path = Path(self.file.where) / self.file.model.path
-        return path if path.suffix == ".safetensors" and path.is_file() else None
+        return base_hash(self.file.base_file or self.source.net)
 
     def export(self) -> Path | None:
         """The best snapshot as a LoRA file that ComfyUI loads, or as a model where all of it was trained."""
@@ -312,7 +308,7 @@ class Job:
 
     def export_copy(self, state: Mapping[str, Tensor], recipe: Recipe) -> Path:
         """As the base came: in its file's layout with all else that is in the file, or the network alone."""
-        folder, name, base, family = self.run.path / "model", self.run.name, self.base_file(), self.source.family
+        folder, name, base, family = self.run.path / "model", self.run.name, self.file.base_file, self.source.family
         if base is not None:
             return replace_weights(folder, name, base, state, family, recipe=recipe)
         whole = {k: state.get(k, v).to(v.dtype) for k, v in self.source.net.state_dict().items()}
@@ -358,9 +354,8 @@ def prepare(path: Path, resume: bool, say: Say) -> Job:
             f"[data] batch is {file.data.batch} for {processes.count} processes; it is that of all together, "
             "give a multiple of their number"
         )
-    beside = path.parent / file.model.path
-    is_beside = file.model.path != "shapes" and beside.exists()
-    source = load_source(replace(file.model, path=str(beside)) if is_beside else file.model, device)
+    embedded = file.model.path == "shapes"
+    source = load_source(file.model if embedded else replace(file.model, path=str(file.model_path)), device)
     prompts = prompts_of(file, path)
     cache = prompt_cache(file, source)
     if processes.rank == 0:

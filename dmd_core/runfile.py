@@ -118,6 +118,19 @@ class RunFile:
     samples: SampleSettings = field(default_factory=SampleSettings)
     where: str = "."  # the file's folder
 
+    @property
+    def model_path(self) -> Path:
+        """Beside the run file where it is there, else as given."""
+        given = Path(self.model.path).expanduser()
+        beside = Path(self.where) / given
+        return beside if beside.exists() else given
+
+    @property
+    def base_file(self) -> Path | None:
+        """The model, where it is one file."""
+        path = self.model_path
+        return path if path.suffix == ".safetensors" and path.is_file() else None
+
 
 def read_run_file(path: Path) -> RunFile:
     try:

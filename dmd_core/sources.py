@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,8 +87,7 @@ def shapes_source(model: "ModelSettings", device: torch.device) -> Source:
 def diffusers_source(model: "ModelSettings", device: torch.device) -> Source:
     from .backends.diffusers import load
 
-    path = Path(model.path).expanduser()
-    bundle = load(path, device, DTYPES[model.dtype], config=model.config or None, size=model.size or None)
+    bundle = load(model.path, device, DTYPES[model.dtype], config=model.config or None, size=model.size or None)
     size = model.size or bundle.native_size
     height = model.height or size
 

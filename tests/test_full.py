@@ -1,6 +1,7 @@
 """Whole copies of the network instead of LoRA sets: what they train, leave and refuse."""
 # ruff: noqa: F401, F811 - fixtures of another file
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,10 +167,11 @@ def test_a_quantised_base_is_refused(world, tmp_path):
     weight.data = weight.data.float()
     # loading widens a file's weights: it is the file that tells
     state = {f"{CHECKPOINT_PREFIX}a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}
-    save_file(state, tmp_path / "shapes")
+    save_file(state, tmp_path / "base.safetensors")
+    job.file = replace(job.file, model=replace(job.file.model, path="base.safetensors"))
     assert copies.quantised(job.file, job.source) == "F8_E4M3"
     text = {f"{CHECKPOINT_PREFIX}a.weight": torch.zeros(4, 4), "cond_stage_model.b.weight": state.popitem()[1]}
-    save_file(text, tmp_path / "shapes")  # control: a quantised text encoder beside it learns nothing
+    save_file(text, tmp_path / "base.safetensors")  # control: a quantised text encoder beside it learns nothing
     assert copies.quantised(job.file, job.source) == ""
 
 

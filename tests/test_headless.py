@@ -82,10 +82,10 @@ class TestRunFile:
         with pytest.raises(ValueError, match=message):
             parse_run_file(LEAST + text)
 
-    @pytest.mark.parametrize("lack", ["name", "prompts", "model"])
+    @pytest.mark.parametrize("lack", ["name", "model"])
     def test_what_every_run_needs(self, lack):
         text = "\n".join(line for line in LEAST.splitlines() if not line.startswith(lack))
-        with pytest.raises(ValueError, match=r"lacks (name|prompts|path)"):
+        with pytest.raises(ValueError, match=r"lacks (name|path)"):
             parse_run_file(text)
 
     @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "CON", "C:x"])
@@ -109,6 +109,22 @@ class TestRunFile:
         (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
         with pytest.raises(ValueError, match="not UTF-8"):
             read_run_file(tmp_path / "x.toml")
+
+    @pytest.mark.parametrize("given", ["m.safetensors", "~/m.safetensors", "{here}/m.safetensors"])
+    @pytest.mark.parametrize("place", ["beside", "home", "here"])
+    def test_the_model_is_beside_the_file_at_home_or_where_one_stands(self, tmp_path, monkeypatch, place, given):
+        for folder in ("beside", "home", "here"):
+            (tmp_path / folder).mkdir()
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.chdir(tmp_path / "here")
+        (tmp_path / place / "m.safetensors").touch()
+        text = LEAST.replace("shapes", given.format(here=tmp_path / "here"))
+        file = parse_run_file(text, tmp_path / "beside")
+        found = {"m": ("beside", "here"), "~": ("home",)}.get(given[0], ("here",))
+        if place in found:
+            assert file.base_file.samefile(tmp_path / place / "m.safetensors")
+        else:
+            assert file.base_file is None
 
     def test_the_reproduction_kit_is_a_valid_run_file(self):
         file = read_run_file(ROOT / "scripts" / "sdxl_dmd2_24gb.toml")
