@@ -11,7 +11,7 @@ from .adapters import AdapterBank
 from .denoiser import NetDenoiser
 from .processes import Processes
 from .shards import shard
-from .weights.checkpoint import network_keys
+from .weights.checkpoint import network_keys, rewritable
 from .weights.files import read_weights_header
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def refuse_copies(file: "RunFile", source: "Source", processes: Processes) -> No
         raise ValueError(f"Lazy Inpaint uses its student as a LoRA on the model, not as a model of its own; {lora}")
     if odd := quantised(file, source):
         raise ValueError(f"the model holds {odd} weights; whole copies learn from bf16, fp16 or fp32 ones, {lora}")
+    if file.base_file is not None:
+        rewritable(file.base_file)  # the result goes into a copy of it, hours later
     if processes.count == 1:
         return
     # reading features leaves a network in the middle of its pass, from which FSDP does not recover

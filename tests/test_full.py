@@ -175,6 +175,22 @@ def test_a_quantised_base_is_refused(world, tmp_path):
     assert copies.quantised(job.file, job.source) == ""
 
 
+def test_a_file_that_cannot_be_written_again_is_refused_before_the_training(world, tmp_path):
+    job = headless.prepare(write(world), False, lambda s: None)
+    state = {f"{CHECKPOINT_PREFIX}{k}": v.contiguous() for k, v in job.source.net.state_dict().items()}
+    file = replace(job.file, model=replace(job.file.model, path="base.safetensors", full=True))
+    base = tmp_path / "base.safetensors"
+    save_file({**state, "cond_stage_model.x": torch.zeros(3, dtype=torch.int32)}, base)
+    copies.refuse_copies(file, job.source, ALONE)  # control
+    save_file({**state, "cond_stage_model.x": torch.zeros(3, dtype=torch.uint16)}, base)
+    message = r"base\.safetensors holds tensors of type U16, which cannot be written"
+    with pytest.raises(ValueError, match=message):
+        copies.refuse_copies(file, job.source, ALONE)
+    with pytest.raises(ValueError, match=message):
+        replace_weights(tmp_path / "made", "m", base, job.source.net.state_dict(), job.source.family)
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
 def test_a_model_goes_back_into_the_file_that_it_came_from(tmp_path, name):
     """diffusers' own converters undo it; VAE, text encoders and metadata of the file stay."""

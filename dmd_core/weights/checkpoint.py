@@ -107,21 +107,37 @@ def merge_file(
     names = [layer_path(n) for n in weights]
     state = fit(file, dict(zip(names, weights.values(), strict=True)), names)
     layers = weight_keys(header.shapes, {k.rpartition(".")[0] for k in state})
-    unknown = set(header.dtypes.values()) - DTYPE_NAMES.keys()
-    if unknown:
-        raise ValueError(f"{base} holds tensors of type {', '.join(sorted(unknown))}; merge into an fp16 or bf16 file")
+
+    def merged(key: str, own: Tensor) -> Tensor:
+        n = layers.get(key)
+        return own if n is None else add_delta(key, own, state[f"{n}.down"], state[f"{n}.up"], scale)
+
+    return rewrite(free_path(folder, name), base, merged, file.family, file.recipe, metadata)
+
+
+def rewritable(base: str | os.PathLike[str]) -> Header:
+    """The header of a file of which every tensor can be written again."""
+    header = read_weights_header(base)
+    if unknown := set(header.dtypes.values()) - DTYPE_NAMES.keys():
+        named = ", ".join(sorted(unknown))
+        raise ValueError(f"{base} holds tensors of type {named}, which cannot be written; take an fp16 or bf16 file")
+    return header
+
+
+def rewrite(
+    path: Path,
+    base: str | os.PathLike[str],
+    change: Callable[[str, Tensor], Tensor],
+    family: Family,
+    recipe: Recipe | None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """base with every tensor as change(key, tensor) gives it, one after another; what describes it is added."""
+    header = rewritable(base)
     specs: dict[str, Spec] = {k: (DTYPE_NAMES[d], header.shapes[k]) for k, d in header.dtypes.items()}
-    path = free_path(folder, name)
-    found = dict(header.metadata) | header_metadata(path.stem, file.family, file.recipe, extra=metadata)
+    found = dict(header.metadata) | header_metadata(path.stem, family, recipe, extra=metadata)
     with open_tensors(Path(base)) as get:
-
-        def merged(key: str) -> Tensor:
-            if key not in layers:
-                return get(key)
-            n = layers[key]
-            return add_delta(key, get(key), state[f"{n}.down"], state[f"{n}.up"], scale)
-
-        write_streaming(path, specs, merged, found)
+        write_streaming(path, specs, lambda key: change(key, get(key)), found)
     return path
 
 
@@ -146,20 +162,15 @@ def replace_weights(
     if lost := next((p for p in pieces if p not in own), None):
         raise ValueError(f"{base} has no place for {lost!r}; give the file that the training began with")
     made = {own[p]: piece for p, piece in pieces.items()}
-    specs: dict[str, Spec] = {k: (DTYPE_NAMES[d], header.shapes[k]) for k, d in header.dtypes.items()}
-    path = free_path(folder, name)
-    found = dict(header.metadata) | header_metadata(path.stem, family, recipe)
-    with open_tensors(Path(base)) as get:
 
-        def replaced(key: str) -> Tensor:
-            if key not in made:
-                return get(key)
-            tensor = made[key].join([trained[k] for k in made[key].keys])
-            # a 1x1 convolution in one layout is a Linear in the other
-            return _finite(key, tensor.reshape(specs[key][1]), specs[key][0])
+    def replaced(key: str, own: Tensor) -> Tensor:
+        if key not in made:
+            return own
+        tensor = made[key].join([trained[k] for k in made[key].keys])
+        # a 1x1 convolution in one layout is a Linear in the other
+        return _finite(key, tensor.reshape(own.shape), own.dtype)
 
-        write_streaming(path, specs, replaced, found)
-    return path
+    return rewrite(free_path(folder, name), base, replaced, family, recipe)
 
 
 def _weights(header: Header) -> dict[str, tuple[int, ...]]:
