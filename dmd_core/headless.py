@@ -9,7 +9,7 @@ model = "shapes"                     # or a diffusers folder, or a .safetensors 
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache
@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import methods, pictures, probe
 from .adapters import Adapted, AdapterBank
+from .board import board
 from .conditioning import Cond
 from .data import Latents, Prompts
 from .denoiser import Guided
-from .drive import REFERENCE, Progress, best_snapshot, drive
+from .drive import REFERENCE, Progress, drive
+from .export import export
 from .inpaint import draw_holes
 from .inpaint.partial import grid
 from .pairs import Pairs, make_pairs
@@ -41,8 +42,7 @@ from .snapshots import Gallery
 from .sources import Source, load_source
 from .train import mix
 from .views import SHOWN_HOLES, preview_of
-from .weights.checkpoint import base_hash, replace_weights, save_model
-from .weights.lora import save_lora
+from .weights.checkpoint import base_hash
 from .weights.recipe import Recipe
 
 AT_ONCE = 8  # pictures in one call of network and VAE
@@ -57,7 +57,7 @@ def train_from(path: Path, resume: bool = False, say: Say = print) -> Path:
             if job.first:
                 say(line(progress))
     if job.first:
-        job.export()
+        export(job)
     return job.run.path
 
 
@@ -290,30 +290,6 @@ class Job:
         """Of the base; from its file where that is one, since a network in memory may have other names."""
         return base_hash(self.file.base_file or self.source.net)
 
-    def export(self) -> Path | None:
-        """The best snapshot as a LoRA file that ComfyUI loads, or as a model where all of it was trained."""
-        chosen = best_snapshot(self.run)
-        if chosen is None or self.run.states() == []:
-            return None
-        recipe = self.recipe(f"{len(self.prompts)} prompts, {chosen.name}")
-        names = [n for n, _ in self.source.net.named_modules()]
-        state = load_file(chosen / "student.safetensors")
-        family = self.source.family
-        if self.file.model.full:
-            path = self.export_copy(state, recipe)
-        else:
-            path = save_lora(self.run.path / "lora", self.run.name, state, names, family=family, recipe=recipe)
-        self.say(f"the student of {chosen.name} is in {path}")
-        return path
-
-    def export_copy(self, state: Mapping[str, Tensor], recipe: Recipe) -> Path:
-        """As the base came: in its file's layout with all else that is in the file, or the network alone."""
-        folder, name, base, family = self.run.path / "model", self.run.name, self.file.base_file, self.source.family
-        if base is not None:
-            return replace_weights(folder, name, base, state, family, recipe=recipe)
-        whole = {k: state.get(k, v).to(v.dtype) for k, v in self.source.net.state_dict().items()}
-        return save_model(folder, name, whole, family, recipe=recipe, dtype=None)
-
 
 def named_change(name: str, before: Any, now: Any) -> str:
     """In words; empty where a model has another name but the same weights."""
@@ -444,32 +420,3 @@ def line(progress: Progress) -> str:
     said += [f"saved {progress.saved.name}"] if progress.saved else []
     said += [progress.stop] if progress.stop else []
     return "; ".join(said)
-
-
-class board:
-    """TensorBoard event files in the run folder, where tensorboard is installed; nothing otherwise."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        self.writer: Any = None
-
-    def __enter__(self) -> Callable[[Progress], None]:
-        if self.job.first:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                return lambda progress: None
-            self.writer = SummaryWriter(str(self.job.run.path / "tensorboard"))
-        return self.write
-
-    def write(self, progress: Progress) -> None:
-        if self.writer is not None:
-            values: Mapping[str, float] = progress.report.losses | {
-                f"norm/{k}": v for k, v in progress.report.norms.items()
-            }
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, progress.step)
-
-    def __exit__(self, *error: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
