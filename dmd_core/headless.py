@@ -407,9 +407,13 @@ def fellows(file: RunFile) -> tuple[Processes, torch.device]:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return ALONE, torch.device(wanted)
+        device = torch.device(wanted)
     except RuntimeError:
         raise ValueError(f"[model] device is {wanted!r}; use 'auto', 'cpu', 'cuda' or 'cuda:0'") from None
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ValueError(f"[model] device is {wanted!r}, but torch finds {found} CUDA devices; use 'auto' or 'cpu'")
+    return ALONE, device
 
 
 def line(progress: Progress) -> str:

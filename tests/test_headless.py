@@ -230,6 +230,17 @@ def test_the_contact_sheet_says_who_drew_a_row_and_in_how_many_steps(world, monk
     assert shown == [["teacher, 2 steps", "student, 4 steps, update 1"]]
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there_is_one_sentence(world, monkeypatch, device):
+    path = write(world)
+    path.write_text(path.read_text().replace('device = "cpu"', f'device = "{device}"'))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match=rf"device is '{device}', but torch finds 0 CUDA devices; use 'auto' or 'cpu'"):
+        headless.train_from(path, say=lambda s: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # control
+    assert headless.fellows(headless.read_run_file(path))[1] == torch.device(device)
+
+
 def test_a_method_knows_how_long_its_run_is(world):
     made = [headless.prepare(write(world, "ladd", n), True, lambda s: None).method.objective for n in (10, 30)]
     assert [m.early for m in made] == [2, 6]
