@@ -106,9 +106,12 @@ class Discriminator:
         return dict(self.heads.named_parameters())
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any) -> list[Tensor]:
-        found = self.reader(x, sigma, cond)
+        found = self.heard(x, sigma, cond)
         context = context_of(self.reader.denoiser.schedule, sigma, cond).to(x)
         return [head(as_tokens(f).to(context), context) for head, f in zip(self.heads, found, strict=True)]
+
+    def heard(self, x: Tensor, sigma: Tensor, cond: Any) -> list[Tensor]:
+        return self.reader(x, sigma, cond)
 
 
 def as_tokens(feature: Tensor) -> Tensor:

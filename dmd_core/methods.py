@@ -13,6 +13,7 @@ from .copies import copied, refuse_copies
 from .denoiser import Denoiser
 from .discriminators import Discriminator, FeatureReader
 from .inpaint import Filler, OnCanvas
+from .inpaint.partial import Partial
 from .objectives.diffusion2gan import Diffusion2GAN, Perceptual, noise_input
 from .objectives.dmd import DMD
 from .objectives.dmd2 import DMD2
@@ -148,8 +149,8 @@ def gan(bench: Bench, config: Any, critic: Learner) -> Discriminator | None:
     return bench.discriminator(critic if config.gan_features == "critic" else bench.teacher)
 
 
-def fills(bench: Bench) -> tuple[Filler, int]:
-    """The student on canvases with a hole; cells per token."""
+def fills(bench: Bench) -> tuple[Filler, Partial]:
+    """The student on canvases with a hole, and the network in parts."""
     net = bench.source.partial
     if net is None:
         raise ValueError(
@@ -160,11 +161,11 @@ def fills(bench: Bench) -> tuple[Filler, int]:
     def filler(canvas: Tensor, hole: Tensor) -> Denoiser:
         return Adapted(OnCanvas(net, canvas, hole), bench.bank, {"student": 1.0})
 
-    return filler, net.patch
+    return filler, net
 
 
 def lazy_inpaint(bench: Bench) -> Made:
-    (filler, patch), config = fills(bench), bench.config()
+    (filler, net), config = fills(bench), bench.config()
     student, critic = bench.learner("student"), bench.learner("critic", bench.file.lora.critic_rank)
     objective = LazyInpaint(
         bench.teacher.view,
@@ -175,7 +176,7 @@ def lazy_inpaint(bench: Bench) -> Made:
         critic.params,
         config,
         gan(bench, config, critic),
-        patch,
+        net.patch,
     )
     return Made(
         objective=objective,
@@ -198,10 +199,10 @@ def ladd(bench: Bench) -> Made:
 
 
 def lazy_ladd(bench: Bench) -> Made:
-    (filler, patch), config, teacher = fills(bench), bench.config(), bench.teacher
+    (filler, net), config, teacher = fills(bench), bench.config(), bench.teacher
     student, params, _ = bench.learner("student")
     heads, steps = bench.discriminator(teacher), bench.file.train.steps
-    objective = LazyLADD(teacher.view, filler, bench.negative, params, heads, config, steps, patch)
+    objective = LazyLADD(teacher.view, filler, bench.negative, params, heads, config, steps, net.patch, net.multiple)
     made = Made(objective=objective, student=student, sigmas=config.sigmas, needs_latents=True, takes_pictures=True)
     return replace(made, filler=filler, settled=config.adapt)
 

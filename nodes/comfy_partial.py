@@ -28,6 +28,10 @@ class NativePartial:
     def patch(self) -> int:
         return patch_of(self.denoiser.net)[-1]
 
+    @property
+    def multiple(self) -> int:
+        return getattr(self.denoiser.net, "pad_tokens_multiple", None) or 1  # Z-Image: 32
+
     def __call__(
         self, x: Tensor, sigma: Tensor, cond: Any, rows: Tensor, context: list[Rows] | None = None
     ) -> tuple[Tensor, list[Rows]]:

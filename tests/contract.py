@@ -212,3 +212,33 @@ def slope(value: Callable[[], Tensor], params: list[Tensor], unit: list[Tensor],
     for p, start in zip(params, before, strict=True):
         p.data.copy_(start)
     return (ends[0] - ends[1]) / (2 * h)
+
+
+# --- heads that hear the hole alone
+
+
+def only_the_hole_is_heard(judge, x: Tensor, cond, hole: Tensor, patch: int) -> None:
+    """Where attention gives each token its own value, features are made of a token's own cells: no other is heard.
+
+    judge: an InHole; hole: tokens, bool [b n].
+    """
+    grid = hole.reshape(len(x), x.shape[-2] // patch, x.shape[-1] // patch)
+    inside = grid.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    inside = inside.reshape(len(x), *(1 for _ in x.shape[1:-2]), *x.shape[-2:]).expand_as(x)
+    other = torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).to(x)
+    sigma = torch.full((len(x),), 0.5).to(x)
+    judge.hole = hole
+    attention = torch.nn.functional.scaled_dot_product_attention
+    torch.nn.functional.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: value
+    try:
+        with torch.no_grad():
+            states = x, torch.where(inside, x, other), torch.where(inside, other, x)
+            heard, around, within = (judge.heard(state, sigma, cond) for state in states)
+            whole = [judge.reader(state, sigma, cond) for state in states[:2]]
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = attention
+    assert [f.shape[:2] for f in heard] == [(len(x), int(hole[0].sum()))] * len(judge.reader.layers)
+    for a, b, c in zip(heard, around, within, strict=True):
+        assert torch.equal(a, b), "what stands around the hole is heard"
+        assert ((a - c).abs().amax(-1) > 0).all(), "a token of the hole is not heard"
+    assert all(not torch.equal(a, b) for a, b in zip(*whole, strict=True))  # control: heard whole

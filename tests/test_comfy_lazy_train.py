@@ -30,6 +30,9 @@ else:
     lazy_nodes = comfy_host.pack_module("nodes.inpaint")
     cat = comfy_host.pack_module("dmd_core.conditioning").cat
     engine = comfy_host.pack_module("dmd_core.inpaint")
+    families = comfy_host.pack_module("dmd_core.families")
+    discriminators = comfy_host.pack_module("dmd_core.discriminators")
+    lazy_ladd = comfy_host.pack_module("dmd_core.objectives.lazy_ladd")
     FAMILIES = ("flux", "flux2", "sd3", "sd35_medium", "qwen_image", "z_image_deep")
 
     class Fresh:
@@ -97,6 +100,23 @@ else:
                 assert (trained - other).abs().max() < 1e-5
                 whole = denoiser(state, torch.tensor([sigma]), cond)
                 assert (whole - other)[host.inside(run, other)].abs().max() > 1e-3  # control
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_heads_of_lazy_ladd_hear_the_tokens_of_the_hole_alone(family):
+        """24 tokens of most families' pictures: Z-Image pads them to 32, behind 20 of text and 12 of their padding."""
+        with sources.NativeTeacher(comfy_tiny.patcher(family)) as denoiser:
+            net, part = denoiser.net, partials.NativePartial(denoiser)
+            layers = families.detect(net).feature_layers([n for n, _ in net.named_modules() if n])
+            x = host.draw((2, *host.shape_of(family)[1:-2], 8, 12), 3)
+            cond = cat([conds.conds_from(comfy_tiny.conditioning(family, s))[0] for s in (1, 2)])
+            reader = discriminators.FeatureReader(denoiser, net, layers)
+            heads = torch.nn.ModuleList()
+            judge = lazy_ladd.InHole(reader, heads, part.multiple)
+            contract.only_the_hole_is_heard(judge, x, cond, holes(x.shape, part.patch), part.patch)
+            if family == "z_image_deep":
+                judge = lazy_ladd.InHole(reader, heads)
+                with pytest.raises(AssertionError, match="around the hole is heard"):  # control: its padding forgotten
+                    contract.only_the_hole_is_heard(judge, x, cond, holes(x.shape, part.patch), part.patch)
 
     def test_the_context_is_read_once_and_without_the_hole():
         model = comfy_tiny.patcher("flux")

@@ -1,16 +1,24 @@
 """LADD on the hole, in a world of four cells that are all 1 or all -1: what the hole holds can be read around it."""
 
+import contract
+import diffusers_tiny
 import pytest
 import torch
 from torch import nn
 
+from dmd_core import shapes
+from dmd_core.backends import diffusers as backend
+from dmd_core.conditioning import Cond
 from dmd_core.data import Batch
 from dmd_core.denoiser import NetDenoiser, Prediction
 from dmd_core.discriminators import Discriminator, FeatureReader
+from dmd_core.families import by_name
+from dmd_core.families.joint import SHAPES
 from dmd_core.inpaint import OnCanvas
 from dmd_core.inpaint.partial import places
 from dmd_core.objectives.lazy_ladd import InHole, LazyLADD, LazyLADDConfig
 from dmd_core.schedule import Flow
+from dmd_core.shapes import teacher as shapes_teacher
 from dmd_core.train import TrainConfig, train
 
 WIDTH = 32
@@ -116,10 +124,31 @@ def test_only_the_tokens_of_the_hole_are_heard():
     rows = places(objective.hole)
     assert [d.shape for d in logits] == [rows.shape]
     assert torch.equal(logits[0], whole[0].take_along_dim(rows, 1))
-    # a layer that holds other tokens too is heard whole
+    # a layer that does not hold the picture's tokens is refused
     other = InHole(objective.judge.reader, objective.judge.heads)
     other.hole = torch.ones(4, 9, dtype=torch.bool)
-    assert other(batch.latents, torch.full((4,), 0.5), None)[0].shape == (4, 4)
+    with pytest.raises(ValueError, match="does not hold the 9 tokens"):
+        other(batch.latents, torch.full((4,), 0.5), None)
+
+
+@pytest.mark.parametrize("family", ["flux_dev", "sd3", "shapes"])
+def test_the_networks_hold_the_picture_where_the_heads_listen(family, tmp_path, monkeypatch):
+    """ComfyUI's, with Z-Image among them, in test_comfy_lazy_train."""
+    if family == "shapes":
+        monkeypatch.setattr(shapes_teacher, "attend", lambda qkv, more=None: qkv.chunk(3, -1)[2])
+        net = shapes.load_teacher()
+        denoiser, layers = shapes_teacher.denoiser(net), SHAPES
+        cond = Cond(*shapes.load_text_encoder().encode(["a red circle", "a large blue square on light"]))
+    else:
+        bundle = backend.load(diffusers_tiny.save(family, tmp_path))
+        net, denoiser, layers = bundle.net, bundle.denoiser, by_name(bundle.family)
+        cond = bundle.encode(list(diffusers_tiny.PROMPTS))
+    names = layers.feature_layers([n for n, _ in net.named_modules()])
+    x = torch.randn(2, 16, 8, 12, generator=generator())
+    hole = torch.zeros(2, 4, 6, dtype=torch.bool)
+    hole[0, :2, 1:3] = hole[1, 1:3, 4:] = True
+    judge = InHole(FeatureReader(denoiser, net, names), nn.ModuleList())
+    contract.only_the_hole_is_heard(judge, x, cond, hole.flatten(1), 2)
 
 
 def test_the_judges_see_the_canvas_around_the_hole_whatever_the_student_was_shown():

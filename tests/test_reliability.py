@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from einops import rearrange
 from oracle import ring
 from slider_worlds import world as slider_world
 from test_runs import OFTEN, in_child, same, weights
@@ -167,6 +168,18 @@ def slider_space():
     return SliderSpace(model, directions, lambda x: x, cond, SliderSpaceConfig()), At(latents_and_row)
 
 
+class Patches(nn.Module):
+    """One layer over the tokens of a picture, as a transformer has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.layer(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2))
+        return rearrange(found, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[-2] // 2, p=2, q=2)
+
+
 class Holes:
     """Pictures of 4 x 4 tokens; the context goes through the same layer, which is beside the point here."""
 
@@ -189,7 +202,7 @@ class Holes:
     def layer(seed: int, learns: bool) -> tuple[nn.Module, NetDenoiser]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1)).requires_grad_(learns)
+            net = Patches().requires_grad_(learns)
         return net, NetDenoiser(lambda x, timestep, cond: net(x), Flow(), Prediction.FLOW)
 
     @staticmethod
@@ -207,7 +220,9 @@ def lazy_inpaint():
 def lazy_ladd():
     at = Holes()
     x, rng = torch.zeros(2, 2, 8, 8), torch.Generator().manual_seed(0)
-    judge = Discriminator.on(FeatureReader(at.teacher, at.net, ["0"]), x, torch.full((2,), 0.5), None, rng, width=16)
+    judge = Discriminator.on(
+        FeatureReader(at.teacher, at.net, ["layer"]), x, torch.full((2,), 0.5), None, rng, width=16
+    )
     config = LazyLADDConfig(sigmas=(1.0, 0.5), adapt=4, early_steps=2)
     return LazyLADD(at.teacher, at.filler, None, at.params[0], judge, config), at.batches
 

@@ -55,7 +55,7 @@ class Family:
     diffusers_mark: str  # a layer that only the diffusers layout has
     layers: Layers
     blocks: str  # modules worth a gradient checkpoint
-    features: tuple[str, ...]  # modules with one image-token tensor as output, shallow to deep
+    features: tuple[str, ...]  # modules whose output holds the image tokens, shallow to deep
     prediction: Prediction
     latent_channels: int
     downscale: int  # pixels per latent pixel, each way

@@ -26,6 +26,10 @@ class Partial(Protocol):
     def patch(self) -> int:
         """Latent cells per token, in rows and in columns."""
 
+    @property
+    def multiple(self) -> int:
+        """A picture's tokens come in multiples of it; what is missing is padding behind them."""
+
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any, rows: Tensor, context: Any = None) -> tuple[Tensor, Any]:
         """x0, right at the tokens rows [b n] alone, and their keys and values, which a later call takes as context."""
 

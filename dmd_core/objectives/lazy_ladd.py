@@ -3,6 +3,7 @@
 Around the hole real and generated are the same, so their tokens would teach the heads nothing.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..denoiser import Denoiser
-from ..discriminators import Discriminator
+from ..discriminators import Discriminator, FeatureReader
 from ..inpaint.partial import Filler, places
 from .holes import HoleConfig, Holes
 from .ladd import LADD, LADDConfig
@@ -24,15 +25,28 @@ class LazyLADDConfig(LADDConfig, HoleConfig):
 
 
 class InHole(Discriminator):
-    """The same heads, heard at the tokens of the hole alone."""
+    """The same heads, which hear the tokens of the hole alone. multiple: as of inpaint.partial.Partial."""
 
     hole: Tensor
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Any) -> list[Tensor]:
+    def __init__(self, reader: FeatureReader, heads: nn.ModuleList, multiple: int = 1):
+        super().__init__(reader, heads)
+        self.multiple = multiple
+
+    def heard(self, x: Tensor, sigma: Tensor, cond: Any) -> list[Tensor]:
+        found = super().heard(x, sigma, cond)
+        return [self.at_hole(f, name) for f, name in zip(found, self.reader.layers, strict=True)]
+
+    def at_hole(self, feature: Tensor, name: str) -> Tensor:
+        """Where one stream has both, as in Flux and Z-Image, text stands before the picture and padding behind it."""
         tokens = self.hole.shape[1]
-        # layers whose tokens are not the picture's alone (text, padding) are heard whole
-        found = super().__call__(x, sigma, cond)
-        return [d.take_along_dim(places(self.hole), 1) if d.shape[1] == tokens else d for d in found]
+        text = feature.shape[1] - math.ceil(tokens / self.multiple) * self.multiple
+        if feature.ndim != 3 or text < 0:
+            raise ValueError(
+                f"the feature layer {name} gives {list(feature.shape)}, which does not hold the {tokens} tokens of the "
+                "picture, of which LADD hears those of the hole; use lazy inpainting without LADD"
+            )
+        return feature.take_along_dim(text + places(self.hole)[..., None], 1)
 
 
 class LazyLADD(Holes, LADD):
@@ -46,9 +60,10 @@ class LazyLADD(Holes, LADD):
         config: LazyLADDConfig,
         steps: int = 0,
         patch: int = 2,
+        multiple: int = 1,
     ):
         self.teach_holes(filler, config, patch)
-        self.negative, self.judge = negative, InHole(discriminator.reader, discriminator.heads)
+        self.negative, self.judge = negative, InHole(discriminator.reader, discriminator.heads, multiple)
         # the student of a batch is made for its canvases; the teacher stands in for what all of them share
         super().__init__(teacher, student_params, self.judge, config, steps)
         if self.early:

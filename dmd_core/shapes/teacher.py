@@ -238,6 +238,7 @@ class Partial:
     model: nn.Module
     schedule: Flow = SCHEDULE
     patch: int = 2
+    multiple: int = 1
 
     def __call__(
         self, x: Tensor, sigma: Tensor, cond: Cond, rows: Tensor, context: list[Tensor] | None = None
