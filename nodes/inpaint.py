@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..dmd_core import inpaint
-from ..dmd_core.families import GENERIC, detect
+from ..dmd_core.families import FLUX, GENERIC, detect
 from ..dmd_core.inpaint import Box, crop, masks
 from .comfy_source import usual_size
 from .evidence import graph_of
@@ -28,7 +28,6 @@ from .lazy_session import Session, Sessions
 from .sampler import guider_of, sample_latent
 
 DEFAULTS = LazyConfig()
-TEXT_TOKENS = 256  # assumed for the predicted cost; the report after a run has the real number
 PAD = 16  # latent cells around the hole that a local decode sees
 UNPAINTED = (64, 64)  # of the mask that Load Image gives where nothing was painted, whatever the picture's size
 SESSIONS = Sessions()
@@ -291,7 +290,9 @@ def cost(region: Region, cells: Tensor, model: Any, steps: int, patch: int) -> s
     frames = cells[:, 0] if cells.ndim == 5 else cells
     tokens = inpaint.select(inpaint.token_mask(frames, (1, patch, patch)), DEFAULTS.ring, DEFAULTS.multiple)
     grid = (-(-cells.shape[-2] // patch), -(-cells.shape[-1] // patch))
-    text = predicted(tokens, grid, TEXT_TOKENS, steps, DEFAULTS)
+    # assumed; the report after a run has the real number
+    text_tokens = (FLUX if model is None else detect(model.model.diffusion_model)).text_tokens
+    text = predicted(tokens, grid, text_tokens, steps, DEFAULTS)
     if model is None:
         return f"canvas; for a transformer with patches of {patch}:\n{text}"
     if patch_of_model(model) is None:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import re
 from pathlib import Path
 
 import comfy_host
@@ -651,6 +652,27 @@ else:
         assert "enlarged" not in info
         said = nodes.LazyInpaint.execute(unet, "auto", 1, 3, 5, "t", 0, False, 1.0, 1.0).args[1]
         assert "not lazy" in said
+
+    def test_the_predicted_cost_is_the_one_of_the_report_on_the_embedded_model():
+        model, clip, vae = comfy_host.pack_module("nodes.load_shapes").LoadShapes.execute("teacher").args
+        conds = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in ("a red circle", "")]
+        how = (1, 2, 1.0, "euler", "simple", 1.0, "session", "push-pull", 0, 0)
+        with torch.inference_mode():
+            info = nodes.Inpaint.execute(photo(1, 64, 64), spot(1, 64, 64, 8, 8, 8), model, vae, *conds, *how).args[1]
+        told = re.search(r"and 12 of text: a lazy step costs (\S+)", info)
+        law = re.search(r"the law for a lazy step is (\S+)", info)
+        assert told[1] == law[1]
+
+    def test_the_usual_text_is_as_long_as_comfyui_makes_it():
+        families = comfy_host.pack_module("dmd_core.families")
+        flux, sd3 = (importlib.import_module(f"comfy.text_encoders.{n}") for n in ("flux", "sd3_clip"))
+        for family, tokenizer, parts in (
+            (families.FLUX, flux.FluxTokenizer, ("t5xxl",)),
+            (families.by_name("flux2"), flux.KleinTokenizer, ("qwen3_4b",)),
+            (families.by_name("sd3"), sd3.SD3Tokenizer, ("l", "t5xxl")),
+        ):
+            found = tokenizer().tokenize_with_weights("a cat")
+            assert sum(len(found[part][0]) for part in parts) == family.text_tokens, family.title
 
     def test_crops_are_sampled_at_what_the_model_draws_and_come_back_at_their_own_size():
         """A picture that has less than that is enlarged; outside the mask it stays to the bit."""

@@ -12,6 +12,7 @@ FAMILIES: dict[str, Family] = {f.name: f for f in _ORDER if f not in (FLUX_SCHNE
 
 __all__ = [
     "FAMILIES",
+    "FLUX",
     "GENERIC",
     "PRESETS",
     "Family",

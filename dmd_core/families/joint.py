@@ -60,6 +60,7 @@ SD3 = Family(
     downscale=8,
     shift=3.0,
     cfg=(4.0, 5.0),
+    text_tokens=154,  # 77 of CLIP, 77 of T5
     lora="transformer",
     same=(
         Same("joint_blocks.{}.x_block.attn.qkv", _parts("transformer_blocks.{}", _QKV)),
@@ -114,7 +115,7 @@ def _is_shapes(seen: Names) -> bool:
     return seen.has(r"joint_blocks_\d+_") and seen.width(r"joint_blocks_\d+_x_block_attn_qkv$") == SHAPES_WIDTH
 
 
-SHAPES = replace(SD3, title="Shapes (SD3 layout)", recognises=_is_shapes, cfg=(2.0, 2.0))
+SHAPES = replace(SD3, title="Shapes (SD3 layout)", recognises=_is_shapes, cfg=(2.0, 2.0), text_tokens=12)
 
 
 # --- Qwen-Image -------------------------------------------------------------------------------------------------------
@@ -253,6 +254,7 @@ FLUX = Family(
     shift=exp(1.15),
     cfg=(1.0, 1.0),
     embedded_guidance=3.5,
+    text_tokens=256,
     lora="transformer",
     same=(
         *_flux_stream("img", "ff", _QKV, "to_out.0", "norm1"),
@@ -288,6 +290,7 @@ FLUX2 = replace(
     downscale=16,
     shift=exp(2.02),
     embedded_guidance=4.0,
+    text_tokens=512,
     same=(
         Same("double_blocks.{}.img_attn.qkv", _parts(_DOUBLE, _QKV)),
         Same("double_blocks.{}.txt_attn.qkv", _parts(_DOUBLE, _ADDED)),

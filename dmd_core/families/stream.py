@@ -114,6 +114,7 @@ WAN = Family(
     shift=8.0,
     student_shift=5.0,  # lightx2v, Self-Forcing
     cfg=(3.5, 6.0),
+    text_tokens=0,  # text has attention of its own
     lora="diffusion_model",
     same=(
         *_wan_attention("self_attn", "attn1"),
