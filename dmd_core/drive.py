@@ -180,7 +180,7 @@ class Session:
             if resumed:
                 where = f"{self.state.step} of {self.config.steps}"
                 done = self.state.step >= self.config.steps
-                more = f"has all its steps, {where}: nothing was trained; give it more, or set resume to new"
+                more = f"has all its steps, {where}: nothing was trained; give it more steps, or set resume to new"
                 self.say(f"run {self.run.name!r} {more if done else f'goes on at step {where}'}")
         # a run that was cancelled in its first step has a state of step 0, with critics that have learned
         chosen = self.processes.share(self.state.step if resumed else -1)

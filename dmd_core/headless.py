@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import methods, pictures, probe
 from .adapters import Adapted, AdapterBank
+from .begun import refuse_other
 from .board import board
 from .conditioning import Cond
 from .data import Latents, Prompts
@@ -138,22 +139,10 @@ class Job:
         sets = {"layers": lora.layers, "rank": lora.rank, "critic rank": lora.critic_rank or lora.rank}
         return {"model": model, "training": "whole copies" if full else "LoRA sets", **({} if full else sets)}
 
-    def refuse_other(self) -> None:
-        """Another model of the same family would go on from these states, and be judged by the old one's pictures."""
-        before = self.run.settings().get("begun_with")
-        if not isinstance(before, dict):  # begun before this was noted
-            return
-        changes = [named_change(k, before[k], v) for k, v in self.fixed().items() if before.get(k, v) != v]
-        if changes := [c for c in changes if c]:
-            raise ValueError(
-                f"the run {self.run.name!r} was begun with another {', another '.join(changes)}; go on with the same, "
-                "choose another run name, or begin a new run (resume: new)"
-            )
-
     def check(self) -> None:
         """Before the first step: is this a teacher, and what will the run cost?"""
         if self.begun:
-            self.refuse_other()
+            refuse_other(self.run, self.fixed(), asdict(self.file))
             return
         (self.run.path / REFERENCE).unlink(missing_ok=True)  # of a start that came to nothing, maybe on another model
         guidance = self.method.guidance
@@ -289,16 +278,6 @@ class Job:
     def identity(self) -> str:
         """Of the base; from its file where that is one, since a network in memory may have other names."""
         return base_hash(self.file.base_file or self.source.net)
-
-
-def named_change(name: str, before: Any, now: Any) -> str:
-    """In words; empty where a model has another name but the same weights."""
-    if name != "model":
-        return f"{name} ({before}, this is {now})"
-    if before["hash"] == now["hash"]:
-        return ""
-    this = f"this is {now['name']}" if before["name"] != now["name"] else "of other weights than this one"
-    return f"model ({before['name']}, {this})"
 
 
 def in_steps(levels: int) -> str:

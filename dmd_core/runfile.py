@@ -64,6 +64,11 @@ class ModelSettings:
     full: bool = False  # every player trains a whole copy of the network instead of a LoRA set
     probe: bool = True  # refuse what is no teacher
 
+    def __post_init__(self) -> None:
+        if self.size % 16 or self.height % 16:
+            asked = f"{self.size} x {self.height or self.size}"
+            raise ValueError(f"the picture size is {asked} pixels; give multiples of 16, or 0 for the model's own")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:

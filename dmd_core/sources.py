@@ -53,10 +53,6 @@ def shapes_source(model: "ModelSettings", device: torch.device) -> Source:
     autoencoder, recogniser = shapes.load_autoencoder().to(device), shapes.load_recogniser().to(device)
     size = model.size or SHAPES_SIZE
     height = model.height or size
-    if size % 16 or height % 16:
-        raise ValueError(
-            f"[model] size is {size} x {height}; the shapes world takes multiples of 16, usually {SHAPES_SIZE}"
-        )
 
     @torch.no_grad()
     def encode(prompts: Sequence[str]) -> Cond:

@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..dmd_core import methods
+from ..dmd_core import methods, shapes
 from ..dmd_core.drive import DriveConfig
 from ..dmd_core.families import Family, detect
 from ..dmd_core.objectives.dmd2 import DMD2Config
@@ -62,6 +62,7 @@ LOOP = ("optimizer", "seed", "warmup", "cooldown", "clip")
 PAIRS = ("pairs", "pair_steps")
 SAMPLES = ("count", "teacher_steps")
 KEPT = ("snapshot_every", "preview_every", "save_every", "keep")
+PACK = Path(__file__).parents[1]
 log = logging.getLogger(__name__)
 
 
@@ -237,17 +238,31 @@ def export(run: Run, file: RunFile, texts: list[str], pictured: bool = False) ->
         raise ValueError(f"the prompt {lost[0][:40]!r} has several lines, a prompts file has one each; shorten it")
     run.write_text("prompts.txt", "\n".join(texts) + "\n")
     low = file.model.dtype == "bf16"  # diffusers computes as it is told, ComfyUI as the model was loaded
+    embedded = file.model.path == str(shapes.TEACHER)
     file = replace(
         file,
         run=replace(file.run, root=".", name=f"{file.run.name} headless", resume=""),
+        model=replace(file.model, path="shapes") if embedded else file.model,
         train=replace(file.train, precision="bf16" if low else file.train.precision),
         drive=replace(file.drive, stop_minutes=0.0),
     )
     path = run.write_text("run.toml", write_run_file(file))
-    note = "" if Path(file.model.path).is_file() else " Set [model] path first: this MODEL's file is not known."
-    own = " Pictures do not go with it: give their folder as [data] pictures instead of prompts."
-    note += own if pictured else ""
-    return f"{path}\nrun it with: python -m dmd_core train {path.name}, in {path.parent}.{note}"
+    lines = [str(path), f'run it with: python -m dmd_core train "{path}"', f"in {PACK}, which holds dmd_core"]
+    lines += [f"it makes a run of its own beside run.toml: {file.run.name!r}"]
+    if not embedded:
+        lines += [of_model(file.model.path)]
+    if pictured:
+        lines += ["Pictures do not go with it: give their folder as [data] pictures instead of prompts."]
+    return "\n".join(lines)
+
+
+def of_model(path: str) -> str:
+    if not Path(path).is_file():
+        return "Set [model] path first: this MODEL's file is not known."
+    return (
+        "A file without text encoders (a diffusion model alone) needs [model] config too: a diffusers folder of its "
+        "family, with text encoders and VAE. LoRAs on this MODEL do not go with it."
+    )
 
 
 class Distill(io.ComfyNode):
@@ -375,7 +390,7 @@ class Distill(io.ComfyNode):
             pictured = any(LATENT in entry[1] for entry in prompts)
             return words_only(export(run, file, pool_of(prompts)[0], pictured))
         run = open_run(root(), file.run.name, file.run.resume)
-        said: list[str] = []
+        said = [preset_words(given)] if given["updates"] else []
         mm.unload_all_models()  # the text encoder above all
         teacher = NativeTeacher(
             with_precision(model, given["precision"]), family.targets(file.lora.layers), file.model.checkpointing
@@ -387,6 +402,11 @@ class Distill(io.ComfyNode):
                 return words_only(plan_words(job))
             train(job)
         return outcome(model, run, said)
+
+
+def preset_words(given: Mapping[str, Any]) -> str:
+    asked, preset = given["updates"], given["preset"]
+    return f"updates is {asked}, so that preset {preset} ({PRESETS[preset].updates}) says nothing of the length"
 
 
 def say_to(said: list[str]):

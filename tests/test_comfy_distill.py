@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import threading
 import time
 from dataclasses import fields, replace
@@ -47,6 +48,7 @@ else:
     load_shapes = comfy_host.pack_module("nodes.load_shapes").LoadShapes
     runfile = comfy_host.pack_module("dmd_core.runfile")
     runs = comfy_host.pack_module("dmd_core.runs")
+    headless = comfy_host.pack_module("dmd_core.headless")
     lora_files = comfy_host.pack_module("dmd_core.weights.lora")
     base_hash = comfy_host.pack_module("dmd_core.weights.checkpoint").base_hash
     Distill = distill.Distill
@@ -311,7 +313,10 @@ else:
         given = inputs("flux", mode="export run file", rank=7)
         words = Distill.execute(**given).result[4]
         file = runfile.read_run_file(place / "output" / "dmd" / "run" / "run.toml")
-        assert "python -m dmd_core train run.toml" in words
+        command = next(line for line in words.splitlines() if line.startswith("run it with: "))
+        assert shlex.split(command.partition(": ")[2])[:4] == ["python", "-m", "dmd_core", "train"]
+        assert Path(shlex.split(command)[-1]) == place / "output" / "dmd" / "run" / "run.toml"
+        assert (Path(words.partition("\nin ")[2].partition(",")[0]) / "dmd_core" / "__main__.py").is_file()
         assert "Set [model] path first" in words  # this MODEL was made in memory
         assert (file.lora.rank, file.train.steps, file.method.name, file.method.steps) == (7, 3, "dmd2", STEPS)
         assert file.method.options["student_lr"] == 1e-2
@@ -322,6 +327,40 @@ else:
             "prompt 2",
             "prompt 3",
         ]
+
+    def test_the_exported_run_of_the_embedded_model_runs_as_it_is(place):
+        model, clip, _vae = load_shapes.execute("teacher").result
+        with torch.inference_mode():
+            prompts, negative = encode.EncodePrompts.execute([clip], ["a red circle\na large blue square"]).result
+        given = inputs(
+            "flux", model=model, prompts=prompts, negative=negative, size=0, updates=2, method=method(guidance=2.0)
+        )
+        words = Distill.execute(**given | {"mode": "export run file"}).result[4]
+        assert "[model]" not in words
+        run = headless.train_from(place / "output" / "dmd" / "run" / "run.toml", say=lambda line: None)
+        assert list((run / "lora").glob("*.safetensors"))
+
+    def test_a_run_that_is_refused_stays_as_it_was(place):
+        """And so does what Save writes of it."""
+        given = inputs("flux", updates=2)
+        Distill.execute(**given)
+        folder = place / "output" / "dmd" / "run"
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+        for change, words in {
+            "steps": (given | {"updates": 3, "method": method(steps=1)}, r"another steps \(2, this is 1\)"),
+            "guidance": (
+                given | {"updates": 3, "method": method(guidance=5.0)},
+                r"another guidance \(2.0, this is 5.0\)",
+            ),
+            "size": (given | {"updates": 3, "size": 64}, r"another size \(128, this is 64\)"),
+            "seed": (given | {"updates": 3, "seed": 5}, r"another seed \(\d, this is 5\)"),
+        }.values():
+            with pytest.raises(ValueError, match=words):
+                Distill.execute(**change)
+        assert {p: p.read_bytes() for p in before} == before
+        with pytest.raises(ValueError, match="100 x 100 pixels; give multiples of 16"):
+            Distill.execute(**given | {"size": 100, "run_name": "fresh"})
+        Distill.execute(**given | {"updates": 3})  # control
 
     @pytest.mark.parametrize(("label", "judge"), [("DMD2", "critic"), ("LADD", "discriminator"), ("Reflow", "")])
     def test_student_and_critic_accumulate_apart(place, label, judge):
