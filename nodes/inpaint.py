@@ -294,10 +294,10 @@ def cost(region: Region, cells: Tensor, model: Any, steps: int, patch: int) -> s
     text_tokens = (FLUX if model is None else detect(model.model.diffusion_model)).text_tokens
     text = predicted(tokens, grid, text_tokens, steps, DEFAULTS)
     if model is None:
-        return f"canvas; for a transformer with patches of {patch}:\n{text}"
+        return f"canvas, for a transformer with patches of {patch}:\n{text}"
     if patch_of_model(model) is None:
         return "canvas; this model computes all of it at every step. A crop would be faster"
-    return f"canvas, with the lazy patch:\n{text}"
+    return f"canvas:\n{text}"
 
 
 class LazyInpaint(io.ComfyNode):

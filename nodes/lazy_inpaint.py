@@ -460,6 +460,9 @@ def predicted(tokens: Tokens, grid: tuple[int, int], text: int, steps: int, conf
     total, share = len(tokens.computed), tokens.share
     if not tokens.computed.any():
         return "the mask is empty: the latent is returned as it came"
+    if share >= LITTLE_GAIN:
+        said = f"lazy inpainting is off, all is computed: the hole takes {share:.0%} of {total} tokens"
+        return "\n".join([said, *faster_crop(tokens, grid, text, 1.0)])
     dense = len(dense_steps(steps, config.warm, config.every))
     lines = [
         f"{int(tokens.computed.sum())} of {total} tokens ({share:.1%}) and {text} of text: "

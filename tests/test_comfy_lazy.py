@@ -663,6 +663,17 @@ else:
         law = re.search(r"the law for a lazy step is (\S+)", info)
         assert told[1] == law[1]
 
+    @pytest.mark.parametrize(("share", "off"), [(0.8, True), (0.6, False)])
+    def test_the_prediction_and_the_report_agree_on_whether_a_large_hole_is_lazy(share, off):
+        model, mask = comfy_tiny.patcher("sd3"), torch.zeros(1, 160, 160)
+        mask[:, : int(160 * share) - 16] = 1  # and the ring
+        conds = [comfy_tiny.conditioning("sd3", s) for s in (1, 2)]
+        how = (1, 2, 1.0, "euler", "simple", 1.0, "session", "push-pull", 0, 0)
+        with torch.inference_mode():
+            info = nodes.Inpaint.execute(photo(1, 160, 160), mask, model, vae_of("sd3"), *conds, *how).args[1]
+        assert info.count("lazy inpainting is off") == (2 if off else 0)
+        assert ("a lazy step costs" in info) == (not off)
+
     def test_the_usual_text_is_as_long_as_comfyui_makes_it():
         families = comfy_host.pack_module("dmd_core.families")
         flux, sd3 = (importlib.import_module(f"comfy.text_encoders.{n}") for n in ("flux", "sd3_clip"))

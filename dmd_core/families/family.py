@@ -64,7 +64,7 @@ class Family:
     betas: tuple[str, float, float] | None = None  # VP families
     shift: float = 1.0  # flow families: what ComfyUI samples with when no node says otherwise
     student_shift: float | None = None  # where published few-step students use another one
-    text_tokens: int = 64  # of a usual prompt beside the image tokens, in ComfyUI; 64 (45 words) where they are the prompt's
+    text_tokens: int = 64  # beside the image's, in ComfyUI; where a prompt is not padded 64, some 45 words
     one_step: int = 999  # VP families: the timestep of a one-step student
     lora: Literal["kohya", "transformer", "diffusion_model"] = "diffusion_model"  # key style of our LoRA files
     same: tuple[Same, ...] = ()
