@@ -82,6 +82,19 @@ def test_no_file_is_listed_that_no_graph_names():
     assert set(MODELS) == named | {file for name in NAMES for file in graph_files.read_layout(name).also}
 
 
+def distill_of(name):
+    return next(n["inputs"] for n in graph_files.read_api(name).values() if n["class_type"] == "DMD_Distill")
+
+
+def test_notes_of_distill_graphs_say_what_their_node_is_set_to():
+    shapes_one, sdxl = (distill_of(n) for n in ("Shapes - distill to 4 steps", "Distill your checkpoint (SDXL)"))
+    needs = f"needs {shapes_one['teacher_steps']} steps at cfg {shapes_one['method.guidance']:g}"
+    assert needs in graph_files.note_of("Shapes - distill to 4 steps")  # the sheet says teacher_steps
+    assert f"begin with *{sdxl['preset']}*" in graph_files.note_of("Distill your checkpoint (SDXL)").replace("\n", " ")
+    guide = (WORKFLOWS.parent / "docs" / "distil.md").read_text(encoding="utf-8")
+    assert f"0 takes the family's: {sdxl['method.guidance']:g} for SDXL" in guide
+
+
 def test_shapes_graphs_draw_on_the_worlds_own_canvas():
     for name in NAMES:
         if name.startswith("Shapes"):
