@@ -12,11 +12,7 @@ def demo(args: argparse.Namespace) -> None:
 
     config = demo.quick(args.seed) if args.quick else demo.DemoConfig(seed=args.seed)
     report = demo.run_demo(args.out, config, torch.device(args.device), say)
-    print(f"\n{'':12}{'accuracy':>10}{'frechet':>10}{'coverage':>10}{'ms/image':>10}")
-    for name, row in report["rows"].items():
-        print(
-            f"{name:12}{row['accuracy']:10.3f}{row['frechet']:10.2f}{row['coverage']:10.2f}{row['ms_per_image']:10.1f}"
-        )
+    print("\n" + demo.words(report))
     print(
         f"{report['wall_seconds']:.0f} s. Look at {args.out / 'sheet.png'}; figures are in {args.out / 'report.json'}."
     )

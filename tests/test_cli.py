@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dmd_core import demo
 from dmd_core.__main__ import main
 
 
@@ -38,6 +39,27 @@ def test_a_pickle_is_refused_and_nothing_in_it_runs(tmp_path, capsys):
     assert not marker.exists()
 
 
+def test_a_quick_demo_says_that_it_was_a_look_and_gives_no_distance_of_few_pictures(tmp_path, monkeypatch, capsys):
+    small = {"accuracy": 0.9, "frechet": -71.42, "coverage": 1.0}
+    pictures = {"student_4": torch.zeros(8, 3, 64, 64)}
+    monkeypatch.setattr(demo, "distil", lambda *args: demo.Run(None, {}, {"student": [1.0]}))
+    monkeypatch.setattr(demo, "export", lambda *args: None)
+    monkeypatch.setattr(demo, "measure", lambda *args: ({"student_4": {**small, "ms_per_image": 1.0}}, pictures))
+    told = []
+    for flags in (["--quick"], []):  # the control is the whole demo
+        assert main(["demo", "--out", str(tmp_path), "--device", "cpu", *flags]) == 0
+        row = json.loads((tmp_path / "report.json").read_text())["rows"]["student_4"]
+        told.append((row["frechet"], capsys.readouterr().out))
+    (quick, said), (whole, plain) = told
+    assert quick is None
+    assert "-71.42" not in said
+    assert "This was a look: 20 and 15 updates are too few" in said
+    assert "64 pictures" in said
+    assert whole == -71.42
+    assert "-71.42" in plain
+    assert "a look" not in plain
+
+
 @pytest.mark.slow
 def test_the_quick_demo_writes_its_report(tmp_path):
     assert main(["demo", "--out", str(tmp_path), "--quick", "--device", "cpu"]) == 0
@@ -45,8 +67,9 @@ def test_the_quick_demo_writes_its_report(tmp_path):
     assert list(report["rows"]) == ["teacher_40", "teacher_4", "teacher_1", "student_4", "student_1"]
     for row in report["rows"].values():
         assert {"accuracy", "frechet", "coverage", "spread", "ms_per_image"} <= row.keys()
+        assert row["frechet"] is None
     # even a few updates leave the one-step teacher behind; an untrained student equals it
-    assert report["rows"]["student_1"]["frechet"] < report["rows"]["teacher_1"]["frechet"]
+    assert report["rows"]["student_1"]["accuracy"] > report["rows"]["teacher_1"]["accuracy"]
     names = {p.name for p in tmp_path.iterdir()}
     assert {"sheet.png", "curves_4.png", "curves_1.png", "report.json"} <= names
     assert main(["inspect", str(tmp_path / "shapes_student_4_00001.safetensors")]) == 0
