@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, apart
 from .schedule import Schedule
 
 Targets = Callable[[str, nn.Module], bool]
@@ -182,3 +182,6 @@ class Adapted:
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
         with self.bank.use(**self.scales):
             return self.inner(x, sigma, cond)
+
+    def apart(self, cond: Any, n: int) -> list[list[int]]:
+        return apart(self.inner, cond, n)

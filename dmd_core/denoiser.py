@@ -22,6 +22,12 @@ class Denoiser(Protocol):
         """x: [b c ...], sigma: [b] -> x0, same shape as x, fp32 or better."""
 
 
+def apart(denoiser: Denoiser, cond: Any, n: int) -> list[list[int]]:
+    """The samples that one call of the network serves: all, where the denoiser does not say (see ComfyDenoiser)."""
+    ask = getattr(denoiser, "apart", None)
+    return [list(range(n))] if ask is None else ask(cond, n)
+
+
 class Prediction(Enum):
     """What a network outputs. Nothing outside this class branches on it."""
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .conditioning import Cond
-from .denoiser import Denoiser
+from .denoiser import Denoiser, apart
 from .features import features
 from .losses import at_least_fp32
 from .schedule import Schedule
@@ -27,7 +28,24 @@ class FeatureReader:
     layers: Sequence[str]
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any) -> list[Tensor]:
-        return features(self.net, self.layers, lambda: self.denoiser(x, sigma, cond))
+        parts = apart(self.denoiser, cond, len(x))
+        if len(parts) == 1:
+            return features(self.net, self.layers, lambda: self.denoiser(x, sigma, cond))
+        # reading stops within the first call of the network, so each of them is read by itself
+        found = []
+        for index in parts:
+            given = x[index], sigma[index], cond.take(torch.tensor(index))
+            found.append(features(self.net, self.layers, partial(self.denoiser, *given)))
+        order = torch.tensor([i for index in parts for i in index]).argsort()
+        return [joined(layer)[order.to(x.device)] for layer in zip(*found, strict=True)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One batch; of text tokens, which come first, as many as the shortest prompt has."""
+    if parts[0].ndim != 3:
+        return torch.cat(list(parts))
+    shortest = min(f.shape[1] for f in parts)
+    return torch.cat([f[:, f.shape[1] - shortest :] for f in parts])
 
 
 class Modulation(nn.Module):

@@ -130,6 +130,10 @@ class ComfyDenoiser:
             x0[index] = ask(x[index], sigma[index], prepared, index)
         return x0.to(device)
 
+    def apart(self, cond: Any, n: int) -> list[list[int]]:
+        """The samples of each of those groups."""
+        return [index for index, _part in groups(cond if isinstance(cond, Cond) else single(cond), n)]
+
     def x0(self, x: Tensor, sigma: Tensor, prepared: Any, step: Pass | None = None) -> Tensor:
         """step: what of the picture is computed, where that is not all of it."""
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)

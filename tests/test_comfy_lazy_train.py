@@ -30,6 +30,7 @@ else:
     lazy_nodes = comfy_host.pack_module("nodes.inpaint")
     cat = comfy_host.pack_module("dmd_core.conditioning").cat
     engine = comfy_host.pack_module("dmd_core.inpaint")
+    adapters = comfy_host.pack_module("dmd_core.adapters")
     families = comfy_host.pack_module("dmd_core.families")
     discriminators = comfy_host.pack_module("dmd_core.discriminators")
     lazy_ladd = comfy_host.pack_module("dmd_core.objectives.lazy_ladd")
@@ -117,6 +118,30 @@ else:
                 judge = lazy_ladd.InHole(reader, heads)
                 with pytest.raises(AssertionError, match="around the hole is heard"):  # control: its padding forgotten
                     contract.only_the_hole_is_heard(judge, x, cond, holes(x.shape, part.patch), part.patch)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @torch.no_grad()
+    def test_heads_hear_every_sample_where_prompts_have_different_lengths(family):
+        """One call of the network takes one length."""
+        with sources.NativeTeacher(comfy_tiny.patcher(family)) as denoiser:
+            net, part = denoiser.net, partials.NativePartial(denoiser)
+            layers = families.detect(net).feature_layers([n for n, _ in net.named_modules() if n])
+            singles = [conds.conds_from(comfy_tiny.conditioning(family, s, 20 - 8 * (s == 1)))[0] for s in range(3)]
+            x, sigma = host.draw((3, *host.shape_of(family)[1:]), 3), torch.tensor([0.9, 0.5, 0.3])
+            view = adapters.Adapted(denoiser, denoiser.bank, {})
+            reader = discriminators.FeatureReader(view, net, layers)
+            judge = lazy_ladd.InHole(reader, torch.nn.ModuleList(), part.multiple)
+            hole = holes(x.shape, part.patch)
+            judge.hole = torch.cat([hole, hole[:1]])
+            found, heard = reader(x, sigma, cat(singles)), judge.heard(x, sigma, cat(singles))
+            for i, cond in enumerate(singles):
+                row = slice(i, i + 1)
+                judge.hole = torch.cat([hole, hole[:1]])[row]
+                for whole, alone in zip(found, reader(x[row], sigma[row], cond), strict=True):
+                    torch.testing.assert_close(whole[row], alone[:, -whole.shape[1] :], atol=1e-4, rtol=1e-4)
+                for together, alone in zip(heard, judge.heard(x[row], sigma[row], cond), strict=True):
+                    torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=1e-4)
+                    assert (together[i] - together[i - 1]).abs().max() > 1e-2  # control: samples differ
 
     def test_the_context_is_read_once_and_without_the_hole():
         model = comfy_tiny.patcher("flux")

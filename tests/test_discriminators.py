@@ -6,6 +6,7 @@ from torch import nn
 from toy import MLP
 
 from dmd_core import losses
+from dmd_core.adapters import Adapted, AdapterBank
 from dmd_core.conditioning import Cond
 from dmd_core.denoiser import NetDenoiser, Prediction
 from dmd_core.discriminators import Discriminator, FeatureReader, alarms, verdict
@@ -45,6 +46,31 @@ def test_heads_made_at_one_size_judge_any_other(net, size):
     logits = heads(torch.randn(3, 4, *size), torch.full((3,), 0.3), None)
     assert len(logits) == 2
     assert all(d.ndim == 2 and len(d) == 3 for d in logits)
+
+
+def test_every_sample_is_heard_where_one_call_of_the_network_cannot_serve_all():
+    """Tokens stand behind as many of the text as a prompt has; a call takes prompts of one length."""
+    net, lengths = Tokens(), torch.tensor([3.0, 1.0, 3.0])
+
+    class Grouped(NetDenoiser):
+        def apart(self, cond, n):
+            return [(cond.cross[:, 0, 0] == k).nonzero().flatten().tolist() for k in cond.cross.unique()]
+
+        def __call__(self, x, sigma, cond):
+            for index in self.apart(cond, len(x)):
+                text = torch.zeros(len(index), 4, int(cond.cross[index[0], 0, 0]))
+                self.net(torch.cat([text, x[index].flatten(2)], 2)[..., None], None, None)
+            return x
+
+    model = Grouped(net, Flow(), Prediction.FLOW)
+    reader = FeatureReader(Adapted(model, AdapterBank(net), {}), net, ("one",))
+    x, sigma, cond = torch.randn(3, 4, 2, 2), torch.full((3,), 0.5), Cond(lengths[:, None, None])
+    (found,) = reader(x, sigma, cond)
+    assert found.shape == (3, 1 + 4, 6)
+    for i in range(3):
+        (alone,) = reader(x[[i]], sigma[[i]], cond.take(torch.tensor([i])))
+        torch.testing.assert_close(found[[i]], alone[:, -5:])
+        assert not torch.equal(found[i, 1:], found[i - 1, 1:])  # control: samples differ
 
 
 def test_vectors_are_one_token():
