@@ -385,7 +385,7 @@ class LazyInpaint(io.ComfyNode):
         try:
             sites_of(model.model.diffusion_model)
         except NotLazy as reason:
-            said.append(f"not lazy: {reason}. Prepare Inpaint crops instead")
+            said.append(f"not lazy, all is computed: {reason}. In Prepare Inpaint area crop is faster")
             return io.NodeOutput(model, "\n".join(filter(None, said)))
         patch = Lazy(config, kept, shower(cls.hidden.unique_id if cls.hidden else None), SESSIONS)
         return io.NodeOutput(patch.patch(model), "\n".join(filter(None, [*said, *state(mode, kept)])))

@@ -110,7 +110,9 @@ def sites_of(net: nn.Module) -> list[Site]:
     for kind, sites in FAMILIES.items():
         if isinstance(net, kind):
             return sites(net)
-    raise NotLazy(f"{type(net).__name__} is not among the lazy families (Flux, Chroma, SD3, Qwen-Image, Z-Image, Wan)")
+    raise NotLazy(
+        f"{type(net).__name__} is not among the lazy families (Flux, Flux.2, Chroma, SD3, Qwen-Image, Z-Image, Wan)"
+    )
 
 
 def patch_of(net: Any) -> tuple[int, int, int]:

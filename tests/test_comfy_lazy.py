@@ -652,6 +652,9 @@ else:
         assert "enlarged" not in info
         said = nodes.LazyInpaint.execute(unet, "auto", 1, 3, 5, "t", 0, False, 1.0, 1.0).args[1]
         assert "not lazy" in said
+        lazily = re.search(r"For (.*?)\.\s", nodes.LazyInpaint.define_schema().description)[1]
+        assert all(name in said for name in re.split(", | and ", lazily))
+        assert "all is computed" in said  # whatever the area: a canvas is not cropped
 
     def test_the_predicted_cost_is_the_one_of_the_report_on_the_embedded_model():
         model, clip, vae = comfy_host.pack_module("nodes.load_shapes").LoadShapes.execute("teacher").args
