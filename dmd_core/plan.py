@@ -18,6 +18,7 @@ GIB = 2**30
 CARDS = (12, 16, 24)  # GB
 USABLE = 0.94  # of a card: the driver, the display and fragmentation take the rest
 CONTEXT = int(0.6 * GIB)  # CUDA's own, which max_memory_allocated does not see [estimate]
+WORTH = GIB // 2  # advice that saves less is noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Plan:
     averages: int
     optimizer: int
     peak: float | None
+    fp8: int = 0  # what an fp8 base would save
     copies: int = 0  # players that train a whole copy of the network
     snapshot: int = 0  # one on disk: the student's average
     disk: int = 0  # the most that states and snapshots come to
@@ -129,6 +131,7 @@ def plan(
         # the first step also chooses kernels and allocates
         seconds_per_step=seconds[-1] if seconds else float("nan"),
         base=sum(nbytes(p) for p in frozen),
+        fp8=sum(nbytes(p) - p.numel() for p in frozen),
         trained=sum(nbytes(p) for pl in objective.players.values() for p in pl.params.values()),
         averages=sum(nbytes(v) for average in state.ema.values() for v in average.values()),
         optimizer=optimizer_bytes(state),
@@ -171,28 +174,30 @@ def optimizer_bytes(state: TrainState) -> int:
 
 
 def advice(made: Plan, config: TrainConfig, checkpointing: bool, batch: int) -> list[str]:
-    """What to change, the cheapest for quality first; nothing when the smallest card is enough."""
-    fits = made.fits()
-    if all(fits.values()):
+    """What to change, the cheapest for quality first; nothing that saves little or is not needed."""
+    if all(made.fits().values()) or (made.peak is None and made.parameters < WORTH):
         return []
-    found = []
-    activations = None if made.peak in (None, float("inf")) else max(0.0, made.peak - made.parameters)  # type: ignore[operator]
+    found: list[tuple[float, str]] = []  # bytes less, where they are known; words
+    activations = math.inf if made.peak in (None, math.inf) else max(0.0, made.peak - made.parameters)  # type: ignore[operator]
     if not checkpointing:
-        found.append("turn gradient checkpointing on: most of the activations go, a step takes about a third longer")
+        words = "turn gradient checkpointing on: most of the activations go, a step takes about a third longer"
+        found.append((activations, words))
     if config.precision == "fp32":
-        found.append("precision 'bf16': half the activations, and faster")
+        found.append((activations / 2, "precision 'bf16': half the activations, and faster"))
     if batch > 1:
-        share = f" (about {size(activations * (1 - 1 / batch))} less)" if activations else ""
-        found.append(f"batch 1 with accumulate x {batch}: the same update{share}")
+        less = activations * (1 - 1 / batch)
+        share = f" (about {size(less)} less)" if less < math.inf else ""
+        found.append((less, f"batch 1 with accumulate x {batch}: the same update{share}"))
     if config.optimizer == "adamw":
-        found.append(f"optimizer 'adamw8bit': about {size(0.75 * made.optimizer)} less")
+        found.append((0.75 * made.optimizer, f"optimizer 'adamw8bit': about {size(0.75 * made.optimizer)} less"))
     if made.copies:  # which a quantised base cannot have
-        found.append(f"LoRA sets instead of whole copies (full = false): nearly all of {size(made.state)} less")
+        words = f"LoRA sets instead of whole copies (full = false): nearly all of {size(made.state)} less"
+        found.append((made.state, words))
     else:
-        found.append(f"half the LoRA rank: about {size(made.state / 2)} less")
-        found.append(f"an fp8 base: up to {size(made.base / 2)} less, if it is bf16 now")
-    found.append("a smaller picture size")
-    return found
+        found.append((made.state / 2, f"half the LoRA rank: about {size(made.state / 2)} less"))
+        found.append((made.fp8, f"an fp8 base: up to {size(made.fp8)} less"))
+    found.append((activations, "a smaller picture size"))
+    return [words for less, words in found if less >= WORTH]
 
 
 def size(count: float) -> str:

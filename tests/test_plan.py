@@ -49,6 +49,7 @@ class TestPlan:
         assert objective.own.grad is None
         assert made.trained == made.averages == 64 * 4
         assert made.base == (64 + 8) * 4
+        assert made.fp8 == (64 + 8) * 3
         assert 2 * 64 * 4 <= made.optimizer <= 2 * 64 * 4 + 8  # two moments and a step counter
         assert 0 < made.hours == 500 * made.seconds_per_step / 3600
         assert made.peak is None
@@ -57,7 +58,7 @@ class TestPlan:
 
     def sized(self, **given):
         some = {"device": "H", "steps": 1000, "seconds_per_step": 9.0, "averages": 0, "peak": None}
-        return Plan(**(some | {"base": 5 * GIB, "trained": GIB, "optimizer": 2 * GIB} | given))
+        return Plan(**(some | {"base": 5 * GIB, "fp8": 2 * GIB, "trained": GIB, "optimizer": 2 * GIB} | given))
 
     def test_a_peak_is_held_against_the_cards(self):
         assert self.sized(peak=13.0 * GIB).fits() == {12: False, 16: True, 24: True}
@@ -78,6 +79,20 @@ class TestPlan:
         done = of(TrainConfig(precision="bf16", optimizer="adamw8bit"), checkpointing=True, batch=1)
         assert not any(w in done for w in ("checkpointing", "'bf16'", "accumulate", "adamw8bit"))
         assert of(TrainConfig(), peak=4.0, checkpointing=False, batch=4) == ""
+
+    def test_what_saves_less_than_half_a_gigabyte_is_not_advised(self):
+        def of(**given):
+            return " ".join(plan.advice(self.sized(**given), TrainConfig(), False, 4))
+
+        small = {"trained": GIB // 100, "optimizer": GIB // 50, "fp8": 0}
+        assert of(**small, base=GIB // 10) == "", "nothing of a small model is worth it"
+        told = of(**small)  # the control: a base of 5 GB, its activations not known
+        assert "checkpointing" in told
+        assert "smaller picture" in told
+        assert not any(w in told for w in ("adamw8bit", "rank", "fp8"))
+        measured = of(base=20 * GIB, peak=23.2 * GIB)  # nearly all of it kept
+        assert not any(w in measured for w in ("checkpointing", "bf16", "accumulate", "smaller picture"))
+        assert all(w in measured for w in ("adamw8bit", "rank", "an fp8 base: up to 2.00 GB less"))
 
     def test_whole_copies_are_not_told_to_take_an_fp8_base(self):
         """Which they would be refused."""
