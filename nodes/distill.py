@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
-import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -208,8 +207,7 @@ def begin(teacher: NativeTeacher, family: Family, file: RunFile, prompts: Any, n
 
 def train(job: NativeJob) -> None:
     """Bar, previews, cancelling; a cancelled run has saved its state before this passes the exception on."""
-    bar = comfy.utils.ProgressBar(job.file.train.steps)
-    with closing(job.drive()) as steps:
+    with live.bar_of(job.run, job.file.train.steps) as bar, closing(job.drive()) as steps:
         for progress in steps:
             bar.update_absolute(progress.step, progress.total, live.picture(progress, job.run))
             if progress.stop:

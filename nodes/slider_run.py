@@ -265,10 +265,9 @@ def train(
     say: Say,
 ) -> bool:
     """Bar, live strip, cancelling; False if the time was up before the last step."""
-    bar, whole = comfy.utils.ProgressBar(config.steps), True
-    with closing(
-        drive(objective, batches, config, run, kept, preview=preview, about={"slider": about}, say=say)
-    ) as steps:
+    whole = True
+    driven = drive(objective, batches, config, run, kept, preview=preview, about={"slider": about}, say=say)
+    with live.bar_of(run, config.steps) as bar, closing(driven) as steps:
         for progress in steps:
             bar.update_absolute(progress.step, progress.total, live.picture(progress, run))
             if progress.stop:

@@ -166,10 +166,13 @@ else:
         Distill.execute(**given)
         cut = given | {"run_name": "cut"}
         new = Distill.fingerprint_inputs(**cut)
+        told, stopped = [], distill.live.stopped
         with monkeypatch.context() as patch:
             interrupt_at(patch, 2)
+            patch.setattr(distill.live, "stopped", lambda run, *at: told.append(at) or stopped(run, *at))
             with pytest.raises(mm.InterruptProcessingException):
                 Distill.execute(**cut)
+        assert told == [(2, 4)], "the node would go on saying how long is left"
         assert mm.in_training is False
         assert not any(m._forward_hooks for m in given["model"].model.modules())
         states = runs.Run(runs.locate(distill.root(), "cut")).states()
