@@ -1,4 +1,9 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +42,21 @@ def test_a_pickle_is_refused_and_nothing_in_it_runs(tmp_path, capsys):
         main(["inspect", str(path)])
     assert "pickle" in capsys.readouterr().err
     assert not marker.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a bash script")
+def test_setup_says_that_it_installs_and_is_silent_when_there_is_nothing_to_do(tmp_path):
+    shutil.copytree(Path(__file__).parents[1] / "scripts", tmp_path / "scripts")
+    python = tmp_path / "python"  # makes environments whose Python installs nothing
+    python.write_text('#!/bin/sh\n[ "$2" = venv ] || exit 0\nmkdir -p "$3/bin"; cp "$0" "$3/bin/python"\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python)}
+    first, again = (
+        subprocess.run([tmp_path / "scripts" / "setup"], env=env, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    )
+    assert "Installing into .venv" in first.stderr
+    assert again.stdout + again.stderr == ""
 
 
 def test_a_quick_demo_says_that_it_was_a_look_and_gives_no_distance_of_few_pictures(tmp_path, monkeypatch, capsys):
