@@ -752,6 +752,16 @@ else:
         with pytest.raises(ValueError, match=says):
             prepared(image, mask)
 
+    def test_a_mask_of_another_size_is_told_which_node_resizes_it():
+        stock = importlib.import_module("comfy_extras.nodes_post_processing")
+        node = stock.ResizeImageMaskNode.GET_SCHEMA().display_name
+        with pytest.raises(ValueError, match=f"{node}, {stock.ResizeType.MATCH_SIZE}"):
+            prepared(photo(), spot(h=64))
+        resized = stock.ResizeImageMaskNode.execute(
+            spot(h=64), "area", {"resize_type": stock.ResizeType.MATCH_SIZE, "match": photo(), "crop": "disabled"}
+        ).args[0]
+        assert prepared(photo(), resized)[3].any()
+
     def test_a_latent_from_elsewhere_is_refused():
         latent, region, *_ = prepared(photo(), spot(), area="crop")
         with pytest.raises(ValueError, match="returned 2 pictures"):

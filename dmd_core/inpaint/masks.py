@@ -16,7 +16,8 @@ def check(image: Tensor, mask: Tensor) -> Tensor:
     if image.shape[-2:] != mask.shape[-2:]:
         (h, w), (mh, mw) = image.shape[-2:], mask.shape[-2:]
         raise ValueError(
-            f"the image is {w} x {h} and the mask {mw} x {mh}; they must have the same size, resize one of them"
+            f"the image is {w} x {h} and the mask {mw} x {mh}; they must have the same size; resize one of them "
+            "(in ComfyUI by the node Resize Image/Mask, match size)"
         )
     if len(mask) not in (1, len(image)):
         raise ValueError(
