@@ -174,8 +174,19 @@ class PrepareInpaint(io.ComfyNode):
             info += f"\n{canvas.share:.0%} of the canvas was encoded"
         else:
             samples = vae.encode(as_image(parts))
+        check_channels(samples, model)
         latent = {"samples": samples, "noise_mask": cells}
         return io.NodeOutput(latent, region, as_image(parts), holes, info)
+
+
+def check_channels(samples: Tensor, model: Any) -> None:
+    """Is the VAE one of this MODEL's?"""
+    wanted = samples.shape[1] if model is None else model.get_model_object("latent_format").latent_channels
+    if samples.shape[1] != wanted:
+        raise ValueError(
+            f"the VAE makes latents of {samples.shape[1]} channels and the model takes {wanted}; connect the VAE that "
+            "belongs to this model"
+        )
 
 
 def extended(image: Tensor, mask: Tensor, sides: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:

@@ -589,12 +589,14 @@ else:
     class FakeVAE:
         """Eight pixels to a cell, and a tone that shifts, as real ones do."""
 
+        channels = 16
+
         def spacial_compression_encode(self):
             return 8
 
         def encode(self, pixels):
             cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
-            return torch.cat([cells] * 5 + [cells[:, :1]], 1)
+            return cells.repeat(1, -(-self.channels // 3), 1, 1)[:, : self.channels]
 
         def decode(self, latent):
             pixels = torch.nn.functional.interpolate(latent[:, :3], scale_factor=8)
@@ -606,7 +608,10 @@ else:
             for i in nodes.PrepareInpaint.define_schema().inputs
             if getattr(i, "default", None) is not None
         }
-        values = {**defaults, "image": image, "mask": mask, "vae": FakeVAE(), "model": model} | options
+        vae = FakeVAE()
+        if model is not None:
+            vae.channels = model.model.latent_format.latent_channels
+        values = {**defaults, "image": image, "mask": mask, "vae": vae, "model": model} | options
         return nodes.PrepareInpaint.execute(**values).args
 
     def photo(b=1, h=128, w=160):
@@ -752,6 +757,20 @@ else:
         with pytest.raises(ValueError, match=says):
             prepared(image, mask)
 
+    @pytest.mark.parametrize(("family", "wanted"), [("sd15_eps", 4), ("flux2", 128), ("qwen_image", 16)])
+    def test_the_vae_of_another_model_is_named_by_its_channels(family, wanted):
+        model, image, mask = comfy_tiny.patcher(family), photo(1, 160, 224), spot(1, 160, 224)
+        vae = FakeVAE()
+        vae.channels = 8
+        with pytest.raises(ValueError, match=rf"latents of 8 channels and the model takes {wanted}; connect the VAE"):
+            prepared(image, mask, model, vae=vae)
+        conds = [comfy_tiny.conditioning(family, s) for s in (1, 2)]
+        how = (1, 2, 1.0, "euler", "simple", 1.0, "auto", "push-pull", 0, 0)
+        with pytest.raises(ValueError, match="connect the VAE"):
+            nodes.Inpaint.execute(image, mask, model, vae, *conds, *how)
+        assert prepared(image, mask, model, vae=vae_of(family))[0]["samples"].shape[1] == wanted
+        assert prepared(image, mask, vae=vae)[0]["samples"].shape[1] == 8  # without a model any will do
+
     def test_a_mask_of_another_size_is_told_which_node_resizes_it():
         stock = importlib.import_module("comfy_extras.nodes_post_processing")
         node = stock.ResizeImageMaskNode.GET_SCHEMA().display_name
@@ -789,16 +808,10 @@ else:
         nodes.LazyInpaint.execute(model, "session", 1, 3, 5, "count", 6, True, 1.0, 1.0)
         assert kept.bank is None
 
-    class SixteenChannels(FakeVAE):
-        def encode(self, pixels):
-            return torch.cat([super().encode(pixels)] * 3, 1)[:, :16]
-
     @pytest.mark.parametrize("family", ["flux", "sd15_eps"])
     def test_one_node_does_it_all(family):
         model = comfy_tiny.patcher(family)
-        vae = SixteenChannels()
-        if family == "sd15_eps":
-            vae.encode = lambda pixels: SixteenChannels().encode(pixels)[:, :4]
+        vae = vae_of(family)
         conds = [comfy_tiny.conditioning(family, s) for s in (1, 2)]
         image, mask = photo(), spot()
         common = (model, vae, *conds, 1, 2, 2.0, "euler", "simple", 1.0, "session", "push-pull", 0, 0)
@@ -961,9 +974,7 @@ else:
         name = f"{family}_inpaint"
         comfy_tiny.FAMILIES[name] = inpainting_model(family)
         model = comfy_tiny.patcher(name)
-        vae, given = SixteenChannels(), []
-        if family == "sd15_eps":
-            vae.encode = lambda pixels: SixteenChannels().encode(pixels)[:, :4]
+        vae, given = vae_of(family), []
         conds = [comfy_tiny.conditioning(name, s) for s in (1, 2)]
         image, mask = photo(1, 512, 512), spot(1, 512, 512)  # not enlarged, so that it can be compared
         common = (model, vae, *conds, 1, 1, 1.0, "euler", "simple", 1.0, "session", "push-pull", 0, 0)
@@ -1027,14 +1038,9 @@ else:
 
     def vae_of(family):
         """With the family's channels, and frames where its latents have them."""
-        channels = comfy_tiny.FAMILIES[family].shape[0]
-
-        class Vae(VideoVAE if family in ("wan_wide", "qwen_image") else FakeVAE):
-            def encode(self, pixels):
-                cells = super().encode(pixels)
-                return cells.repeat(1, -(-channels // cells.shape[1]), *[1] * (cells.ndim - 2))[:, :channels]
-
-        return Vae()
+        vae = VideoVAE() if family in ("wan_wide", "qwen_image") else FakeVAE()
+        vae.channels = comfy_tiny.FAMILIES[family].shape[0]
+        return vae
 
     EVERY = [(f, m) for f in FAMILIES for m in lazy.MODES] + [(f, "auto") for f in ("sd15_eps", "sdxl")]
 
