@@ -23,7 +23,7 @@ from .evidence import graph_of
 from .few_step import AUTO
 from .inpaint_way import way_of
 from .lazy_blocks import NotLazy, patch_of, sites_of
-from .lazy_inpaint import MODES, Lazy, LazyConfig, memory, predicted
+from .lazy_inpaint import MODES, Lazy, LazyConfig, memory, predicted, untaught, without_lora
 from .lazy_session import Session, Sessions
 from .sampler import guider_of, sample_latent
 
@@ -399,7 +399,10 @@ class LazyInpaint(io.ComfyNode):
             said.append(f"not lazy, all is computed: {reason}. In Prepare Inpaint area crop is faster")
             return io.NodeOutput(model, "\n".join(filter(None, said)))
         patch = Lazy(config, kept, shower(cls.hidden.unique_id if cls.hidden else None), SESSIONS)
-        return io.NodeOutput(patch.patch(model), "\n".join(filter(None, [*said, *state(mode, kept)])))
+        return io.NodeOutput(
+            patch.patch(model),
+            "\n".join(filter(None, [*said, *state(mode, kept), *untaught(mode, without_lora(model))])),
+        )
 
 
 def state(mode: str, session: Session) -> list[str]:

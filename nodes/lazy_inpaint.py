@@ -72,6 +72,7 @@ class Run:
     text: int = 0
     why: Counter[str] = field(default_factory=Counter)
     full: str = ""  # the bank has no room: there is no point in trying again
+    bare: bool = False  # no LoRA on the model
     other_prompt: bool = False  # than the one that the session's context was read with
 
 
@@ -156,6 +157,7 @@ class Lazy:
             dense=dense_steps(steps, self.config.warm, self.config.every),
             levels=levels,
             steps=steps,
+            bare=without_lora(guider.model_patcher),
         )
         outside = ~token_cells(tokens.computed, run)
         run.outside = outside if latent.ndim == 5 else outside[:, :, 0]
@@ -359,10 +361,22 @@ class Lazy:
             lines.append(memory(run.bank, self.beside.banks()))
         if self.beside.dropped:
             lines.append(f"dropped to make room, used longest ago: {', '.join(self.beside.dropped)}")
+        lines += untaught(run.mode, run.bare)
         if run.other_prompt:
             lines.append("the context was read with another prompt; the hole follows the new one. Forget reads it anew")
         lines += [f"computed whole {count} times: {reason}" for reason, count in run.why.items()]
         return "\n".join(lines)
+
+
+def without_lora(model: Any) -> bool:
+    return not model.patches and not model.injections  # the latter are ComfyUI's bypass loaders
+
+
+def untaught(mode: str, bare: bool) -> list[str]:
+    said = (
+        "mode trained, but no LoRA is on the model: unless its checkpoint was taught to read clean context, take auto"
+    )
+    return [said] * (bare and mode == "trained")
 
 
 def refuse(x: Tensor, t: Tensor, control: Any, options: dict[str, Any], kwargs: dict[str, Any], run: Run) -> None:

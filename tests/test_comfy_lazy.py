@@ -873,6 +873,18 @@ else:
         with pytest.raises(ValueError, match="choose another profile or the model that belongs to it"):
             one_node(astray, "flux")  # recognised and wrong here: not to be sampled as if it were no student
 
+    def test_mode_trained_without_any_lora_is_told_about():
+        model = comfy_tiny.patcher("flux")
+        loaded, says = student(model, steps=4, sigmas=(1.0, 0.8, 0.6, 0.4, 0.0), prediction="flow"), "no LoRA is on"
+
+        def info(model, mode):
+            node = nodes.LazyInpaint.execute(model, mode, 1, 3, 5, "bare", 0, False, 1.0, 1.0).args[1]
+            return says in node, says in one_node(model, "flux", steps=2, cfg=1.0, sampler="euler", mode=mode)[1]
+
+        assert info(model, "trained") == (True, True)
+        assert info(loaded, "trained") == (False, False)
+        assert info(model, "session") == (False, False)
+
     @pytest.mark.parametrize(("first", "sees"), [(999, True), (399, False)])
     def test_automatic_lets_the_first_step_of_a_few_step_unet_see_the_prefill(first, sees):
         """From the top level on as a training state does; a model that begins lower was taught pure noise there."""
