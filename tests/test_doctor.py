@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from dmd_core.shapes import WEIGHTS
 from dmd_core.weights.doctor import coverage, describe, diagnose, repair
 from dmd_core.weights.header import MAX_HEADER, Refused, called, read_header
+from dmd_core.weights.recipe import RECIPE_KEY, Recipe
 
 
 def raw(path: Path, header: bytes | dict, data: bytes = b"", length: int | None = None) -> Path:
@@ -313,6 +314,15 @@ def test_describe_says_what_it_is_how_to_sample_it_and_what_is_wrong(tmp_path):
     plain = tmp_path / "nothing.safetensors"
     save_file(unet(), plain)
     assert "nothing in it says how it is sampled" in describe(plain)
+
+
+def test_a_whole_model_has_no_lora_strength(tmp_path):
+    recipe = Recipe(family="sdxl", objective="dmd2", steps=1, timesteps=(999,), prediction="eps")
+    for tensors, said in ((unet(), False), (peft_lora(), True)):  # the same recipe on a LoRA is the control
+        path = tmp_path / f"{said}.safetensors"
+        save_file(tensors, path, {RECIPE_KEY: recipe.to_json()})
+        assert "timesteps 999" in describe(path)
+        assert ("LoRA strength" in describe(path)) == said
 
 
 def test_files_of_the_shapes_world_are_not_said_to_be_of_stable_diffusion(tmp_path):

@@ -310,7 +310,7 @@ def describe(path: str | os.PathLike[str]) -> str:
     found = diagnose(path)
     lines = [f"{found.header.name} ({_size(found.header.size)}): {_kind(found)}", f"Few-step: {found.match.reason}."]
     if found.match.profile is not None:
-        lines += [f"  {line}" for line in sampling(found.match.profile)]
+        lines += [f"  {line}" for line in sampling(found.match.profile, found.structure.kind)]
     elif found.match.candidates:
         lines.append("  Candidates: " + ", ".join(p.id for p in found.match.candidates[:SHOWN]))
     for finding in found.findings:
@@ -342,8 +342,8 @@ def _kind(found: Diagnosis) -> str:
     return f"{s.kind}, {len(found.header.shapes)} tensors, {' '.join(types)}"
 
 
-def sampling(profile: Profile) -> list[str]:
-    """How to sample it, in words, with what is known of the numbers."""
+def sampling(profile: Profile, kind: str = "lora") -> list[str]:
+    """How to sample a file of that kind, in words, with what is known of the numbers."""
     unit = "timesteps" if profile.space == "vp" else "sigmas"
     levels = ", ".join(f"{v:.4g}" for v in profile.trained())
     where = " at 1024 x 1024" if profile.grid in ("flux", "flux2") else ""
@@ -360,7 +360,7 @@ def sampling(profile: Profile) -> list[str]:
     if all(stock):
         patch = f" with ModelSamplingDiscrete {profile.stock['patch']}" if profile.stock.get("patch") else ""
         lines.append(f"nearest stock settings: {stock[0]} + {stock[1]}{patch}")
-    if "lora" in profile.kinds:
+    if kind == "lora" and "lora" in profile.kinds:
         lines.append(
             f"LoRA strength {profile.lora_scale[0]:g} ({profile.lora_scale[1]:g} to {profile.lora_scale[2]:g})"
         )
