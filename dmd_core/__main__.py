@@ -25,9 +25,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
+    from .runs import about
     from .weights.doctor import describe
 
-    print(describe(args.file))
+    print(about(args.file) or describe(args.file))
 
 
 def say(line: str) -> None:

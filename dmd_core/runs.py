@@ -81,6 +81,19 @@ def open_run(root: str | os.PathLike[str], name: str, resume: str = "auto") -> "
     return Run(path)
 
 
+def about(path: Path) -> str:
+    """What a run's folder, state or snapshot is, and where the run's result lies; "" for all else."""
+    path = path.resolve()
+    root = next((p for p in (path, *path.parents[:3]) if Run(p).identity()), None)
+    place = path.relative_to(root).parts[:1] if root and path.exists() else None
+    whats = {(): "the folder", ("states",): "a training state (only to go on from)", ("snapshots",): "a snapshot"}
+    if root is None or place not in whats:
+        return ""
+    made = [str(p) for folder in ("lora", "model") for p in sorted((root / folder).glob("*.safetensors"))]
+    none = "no model file yet: at its end `train` writes one there, in ComfyUI the node Save Student does"
+    return f"{path.name} is {whats[place]} of the run {root.name!r}. Its result: {', '.join(made) or none}."
+
+
 def delete_run(root: str | os.PathLike[str], name: str) -> None:
     """Removes the whole folder, if it is a run and nobody works in it."""
     run = Run(locate(root, name))

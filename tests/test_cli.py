@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from dmd_core import demo
 from dmd_core.__main__ import main
+from dmd_core.runs import Run
 
 
 def test_inspect_says_what_a_file_is(tmp_path, capsys):
@@ -42,6 +43,45 @@ def test_a_pickle_is_refused_and_nothing_in_it_runs(tmp_path, capsys):
         main(["inspect", str(path)])
     assert "pickle" in capsys.readouterr().err
     assert not marker.exists()
+
+
+def test_inspect_says_what_a_run_leaves_and_where_its_result_is(tmp_path, capsys):
+    def inspected(path):
+        assert main(["inspect", str(path)]) == 0
+        return capsys.readouterr().out
+
+    run = Run(tmp_path / "mine")
+    run.describe({})
+    weights = {"param/student/x": torch.zeros(2)}
+    files = [run.path / "states" / "state_00000080.safetensors"]
+    files += [run.path / "snapshots" / "step_00000080" / "student.safetensors", run.path / "lora" / "mine.safetensors"]
+    for path in files[:2]:
+        path.parent.mkdir(parents=True)
+        save_file(weights, path)
+    for path, what in zip((run.path, *files[:2]), ("the folder", "a training state", "a snapshot"), strict=True):
+        told = inspected(path)
+        assert f"{what} " in told
+        assert "of the run 'mine'" in told
+        assert "no model file yet" in told
+    files[2].parent.mkdir()
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 8)}, files[2])
+    assert f"Its result: {files[2]}." in inspected(run.path)
+    assert "LoRA for" in inspected(files[2])  # the control: the result itself is described as any file
+    (run.path / "run.json").unlink()
+    assert "of the run" not in inspected(files[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"), [("README.md", "# ComfyUI-DMD\n\nText\n", "holds text"), ("out", None, "is a folder")]
+)
+def test_inspect_says_what_is_no_weight_file(tmp_path, capsys, name, text, said):
+    path = tmp_path / name
+    path.mkdir() if text is None else path.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["inspect", str(path)])
+    error = capsys.readouterr().err
+    assert f"{name} {said}" in error
+    assert "announces" not in error
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a bash script")

@@ -73,7 +73,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """The header of a .safetensors, .bin, .pt, .pth or .ckpt file, told apart by content and not by name."""
     path = Path(path)
     if not path.is_file():
-        raise Refused(f"{path.name} is not a file; give the path of a .safetensors, .bin, .pt or .ckpt file")
+        what = "a folder" if path.is_dir() else "not a file"
+        raise Refused(f"{path.name} is {what}; give the path of a .safetensors, .bin, .pt or .ckpt file")
     size = path.stat().st_size
     with path.open("rb") as f:
         head = f.read(16)
@@ -91,6 +92,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if head[:1] in (b"<", b"{") or head[:7] == b"version":
         kind = "a web page" if head[:1] == b"<" else "a text file (a Git LFS pointer or an error message)"
         raise Refused(f"{path.name} holds {kind} instead of weights; download it again")
+    if head and all(32 <= b < 127 or b in b"\t\r\n" for b in head):  # a length has zeros among its eight bytes
+        raise Refused(
+            f"{path.name} holds text, no weights; give the path of a .safetensors, .bin, .pt or .ckpt file, "
+            "or download it again if it was to be one"
+        )
     return _safetensors_header(path, size)
 
 
