@@ -37,7 +37,8 @@ def main() -> None:
     given = parser.parse_args()
     if not comfy_host.in_comfy():
         done = comfy_host.run_in_comfy([__file__, *sys.argv[1:]])
-        sys.exit(done.stdout + (done.stderr if done.returncode else ""))
+        print(done.stdout + (done.stderr if done.returncode else ""))
+        sys.exit(done.returncode)
     names = given.names or graph_files.names()
     from comfy_server import name_files, serving
     from graph_browser import browsing
