@@ -409,7 +409,7 @@ def state(mode: str, session: Session) -> list[str]:
     lines = [f"mode {mode}"]
     if session.bank is not None:
         said = memory(session.bank, SESSIONS.beside(session).banks())
-        lines.append(f"{said}, {session.accepted} edits accepted")
+        lines.append(f"{said}, edits accepted: {session.accepted}")
     return lines
 
 

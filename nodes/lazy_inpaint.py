@@ -361,6 +361,9 @@ class Lazy:
             lines.append(memory(run.bank, self.beside.banks()))
         if self.beside.dropped:
             lines.append(f"dropped to make room, used longest ago: {', '.join(self.beside.dropped)}")
+        if run.mode == "session" and (self.session.news or self.session.accepted):
+            lines.append("; ".join(filter(None, [self.session.news, f"edits accepted: {self.session.accepted}"])))
+            self.session.news = ""
         lines += untaught(run.mode, run.bare)
         if run.other_prompt:
             lines.append("the context was read with another prompt; the hole follows the new one. Forget reads it anew")

@@ -26,6 +26,7 @@ class Session:
     pending: tuple[Tensor, Tensor] | None = None  # hole [t h w] of the last edit, its latent
     past: list[Tensor] = field(default_factory=list)  # canvases before the accepted edits
     accepted: int = 0
+    news: str = ""  # of the last change of that count, until a report has said it
     prompts: dict[Hashable, Hashable] = field(default_factory=dict)  # branch -> the text that its context was read with
 
     def accept(self) -> str:
@@ -56,6 +57,7 @@ class Session:
             said = self.accept() if accepted > before else self.undo()
             if self.accepted == before:
                 self.accepted = accepted
+        self.news = said or self.news
         return said
 
     def reset(self) -> str:

@@ -757,6 +757,28 @@ else:
         with pytest.raises(ValueError, match=says):
             prepared(image, mask)
 
+    def test_the_report_of_the_next_run_says_that_an_edit_was_accepted_or_undone():
+        model, shape = comfy_tiny.patcher("sd3"), shape_of("sd3")
+        nodes.SESSIONS["told"] = sessions.Session()
+
+        def edit(accepted):
+            shown = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(nodes, "shower", lambda _id: shown.append)
+                clone = nodes.LazyInpaint.execute(model, "session", 1, 3, 5, "told", accepted, False, 1.0, 1.0).args[0]
+                sampled(clone, "sd3", hole(shape), draw(shape, 5))
+            return shown[-1]
+
+        assert "accepted" not in edit(0)
+        assert "the last edit is now part of the canvas; edits accepted: 1" in edit(1)
+        assert "the last edit" not in edit(1)  # said once
+        assert "as it was before the last accepted edit; edits accepted: 0" in edit(0)
+        assert "accepted" not in edit(0)
+        edit(1)
+        assert "nothing to undo" not in edit(1)
+        nodes.SESSIONS["told"].past = []
+        assert "nothing to undo: no edit was accepted" in edit(0)
+
     @pytest.mark.parametrize(("family", "wanted"), [("sd15_eps", 4), ("flux2", 128), ("qwen_image", 16)])
     def test_the_vae_of_another_model_is_named_by_its_channels(family, wanted):
         model, image, mask = comfy_tiny.patcher(family), photo(1, 160, 224), spot(1, 160, 224)
