@@ -240,7 +240,7 @@ class TestFolder:
         before = run.history()
         assert go(Tug(), run, say=said.append) == []
         assert said[0] == (
-            "run 'r' has all its steps, 12 of 12: nothing was trained; give it more, or set resume to new"
+            "run 'r' has all its steps, 12 of 12: nothing was trained; give it more steps, or set resume to new"
         )
         assert run.history() == before
 
