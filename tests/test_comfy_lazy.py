@@ -796,7 +796,7 @@ else:
     def test_a_mask_of_another_size_is_told_which_node_resizes_it():
         stock = importlib.import_module("comfy_extras.nodes_post_processing")
         node = stock.ResizeImageMaskNode.GET_SCHEMA().display_name
-        with pytest.raises(ValueError, match=f"{node}, {stock.ResizeType.MATCH_SIZE}"):
+        with pytest.raises(ValueError, match=f"{node}, {stock.ResizeType.MATCH_SIZE.value}"):
             prepared(photo(), spot(h=64))
         resized = stock.ResizeImageMaskNode.execute(
             spot(h=64), "area", {"resize_type": stock.ResizeType.MATCH_SIZE, "match": photo(), "crop": "disabled"}
