@@ -7,10 +7,11 @@ from pathlib import PureWindowsPath
 
 import graph_files
 import pytest
+import torch
 from graph_files import AUTHORED, WORKFLOWS
 from PIL import Image
 
-from dmd_core import shapes
+from dmd_core import inpaint, shapes
 
 NAMES = graph_files.names()
 SCHEMAS = graph_files.read_schemas()
@@ -279,3 +280,14 @@ def test_an_input_that_was_put_first_is_told():
     sampler["input"]["required"]["eta"] = ["FLOAT", {"default": 0.0}]
     sampler["input_order"]["required"].insert(0, "eta")
     assert not opens_as(graph_files.read_ui(name), schemas, name)
+
+
+def test_the_lazy_shapes_graph_is_lazy():
+    """Its canvas has 16 tokens; with a ring, three quarters of them would be computed, and the patch steps aside."""
+    nodes = graph_files.read_api("Shapes - lazy inpainting").values()
+    hole = next(n["inputs"] for n in nodes if n["_meta"]["title"] == "The right half is the hole")
+    lazy = next(n["inputs"] for n in nodes if n["class_type"] == "DMD_LazyInpaint")
+    touched = torch.zeros(1, 4, 4, dtype=torch.bool)
+    touched[:, :, hole["x"] // 16 :] = True
+    assert inpaint.select(touched, lazy["ring"]).share == 0.5
+    assert inpaint.select(touched, 1).share == 0.75  # control
