@@ -7,7 +7,6 @@ from typing import Any
 from .runs import Run, finite
 
 SETTLED = ("method", "train")  # tables of the run file whose fields the states depend on
-SIZES = ("model.size", "model.height")
 FREE = ("train.steps",)  # a longer run goes on
 
 
@@ -21,29 +20,33 @@ def refuse_other(run: Run, fixed: Mapping[str, Any], file: Mapping[str, Any]) ->
     changes = [named_change(k, before[k], v) for k, v in fixed.items() if before.get(k, v) != v]
     old, new = dict(flat(then)), dict(flat(json.loads(json.dumps(finite(file), default=str))))
     # what an older version did not note cannot be compared
-    changes += [named_change(name, old[name], new[name]) for name in old if name in new and old[name] != new[name]]
+    other = [name for name in old if name in new and old[name] != new[name]]
+    if "steps" in other and "sigmas" in other:
+        other.remove("sigmas")  # they follow from the steps
+    changes += [named_change(name, old[name], new[name]) for name in other]
     if changes := [c for c in changes if c]:
         raise ValueError(
-            f"the run {run.name!r} was begun with another {', another '.join(changes)}; go on with the same, "
-            "choose another run name, or begin a new run (resume: new)"
+            f"the run {run.name!r} was begun with {', '.join(changes)}; go on with the same, choose another run name, "
+            "or begin a new run (resume: new)"
         )
 
 
 def flat(file: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settled fields of a run file, by their own names; the levels of a student follow from its steps."""
-    for table, values in file.items():
+    """The settled fields of a run file, by their own names."""
+    for table in SETTLED:
+        values = file.get(table)
         for name, value in values.items() if isinstance(values, dict) else ():
-            if table in SETTLED and isinstance(value, dict):
-                yield from ((k, v) for k, v in value.items() if k != "sigmas")
-            elif (table in SETTLED and f"{table}.{name}" not in FREE) or f"{table}.{name}" in SIZES:
+            if isinstance(value, dict):
+                yield from value.items()
+            elif f"{table}.{name}" not in FREE:
                 yield (table if name == "name" else name), value
 
 
 def named_change(name: str, before: Any, now: Any) -> str:
     """In words; empty where a model has another name but the same weights."""
     if name != "model":
-        return f"{name} ({before}, this is {now})"
+        return f"{'other' if name.endswith('s') else 'another'} {name} ({before}, this is {now})"
     if before["hash"] == now["hash"]:
         return ""
     this = f"this is {now['name']}" if before["name"] != now["name"] else "of other weights than this one"
-    return f"model ({before['name']}, {this})"
+    return f"another model ({before['name']}, {this})"

@@ -137,7 +137,9 @@ class Job:
         lora, full = self.file.lora, self.file.model.full
         model = {"name": Path(self.file.model.path).name, "hash": self.identity()}
         sets = {"layers": lora.layers, "rank": lora.rank, "critic rank": lora.critic_rank or lora.rank}
-        return {"model": model, "training": "whole copies" if full else "LoRA sets", **({} if full else sets)}
+        height, width = (side * self.source.family.downscale for side in self.source.shape[1:])
+        said = {"size": f"{width} x {height}", "training": "whole copies" if full else "LoRA sets"}
+        return {"model": model, **said, **({} if full else sets)}
 
     def check(self) -> None:
         """Before the first step: is this a teacher, and what will the run cost?"""
@@ -346,11 +348,6 @@ def prompt_cache(file: RunFile, source: Source) -> PromptCache:
 
 def prompts_of(file: RunFile, path: Path) -> list[str]:
     given, folder = file.data.prompts, file.data.pictures
-    if bool(given) == bool(folder):
-        raise ValueError(
-            "[data] takes prompts (a file or a list) or pictures (a folder, their captions are the prompts); give "
-            + ("one of the two" if given else "one of them")
-        )
     if folder:
         return [p.caption for p in pictures.listed(folder_of(file, path))]
     return read_prompts(path.parent / given) if isinstance(given, str) else parse_prompts("\n".join(given))

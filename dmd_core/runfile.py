@@ -165,6 +165,12 @@ def parse_run_file(text: str, where: Path = Path(".")) -> RunFile:
             raise ValueError(f"{name} is {table!r}; it is a table, write [{name}] and its settings below")
         read = read_method if name == "method" else read_table
         found[name] = read(types_[name], table, f"[{name}]")
+    prompts, pictures = found["data"].prompts, found["data"].pictures
+    if bool(prompts) == bool(pictures):
+        raise ValueError(
+            "[data] takes prompts (a file or a list) or pictures (a folder, their captions are the prompts); give "
+            + ("one of the two" if prompts else "one of them")
+        )
     return RunFile(**found)
 
 

@@ -90,7 +90,7 @@ def about(path: Path) -> str:
     if root is None or place not in whats:
         return ""
     made = [str(p) for folder in ("lora", "model") for p in sorted((root / folder).glob("*.safetensors"))]
-    none = "no model file yet: at its end `train` writes one there, in ComfyUI the node Save Student does"
+    none = "no file in there; `train` writes one there at its end, Save Student into ComfyUI's model folders"
     return f"{path.name} is {whats[place]} of the run {root.name!r}. Its result: {', '.join(made) or none}."
 
 

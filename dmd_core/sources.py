@@ -73,7 +73,7 @@ def shapes_source(model: "ModelSettings", device: torch.device) -> Source:
         free_text=lambda: None,
         checkpoint=lambda bank: None,
         pictures=torch.no_grad()(lambda latents: autoencoder.decode(latents).clamp(-1, 1)),
-        latents=torch.no_grad()(autoencoder.encode),
+        latents=torch.no_grad()(lambda images: autoencoder.encode(images.to(device))),
         features=features if size == height == SHAPES_SIZE else None,
         partial=shapes.teacher.Partial(net),
         view=lambda copied, _checkpointing: shapes.teacher.denoiser(copied),

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -181,11 +182,17 @@ class PrepareInpaint(io.ComfyNode):
 
 def check_channels(samples: Tensor, model: Any) -> None:
     """Is the VAE one of this MODEL's?"""
-    wanted = samples.shape[1] if model is None else model.get_model_object("latent_format").latent_channels
-    if samples.shape[1] != wanted:
+    if model is None:
+        return
+    space, made = model.get_model_object("latent_format"), samples.shape[1]
+    fits = made == space.latent_channels
+    with suppress(RuntimeError):  # some fold cells into channels
+        seen = space.process_in(samples)
+        fits = fits or (seen.ndim == samples.ndim and seen.shape[1] == space.latent_channels)
+    if not fits:
         raise ValueError(
-            f"the VAE makes latents of {samples.shape[1]} channels and the model takes {wanted}; connect the VAE that "
-            "belongs to this model"
+            f"the VAE makes latents of {made} channels and the model takes {space.latent_channels}; connect the VAE "
+            "that belongs to this model"
         )
 
 

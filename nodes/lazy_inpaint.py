@@ -361,7 +361,7 @@ class Lazy:
             lines.append(memory(run.bank, self.beside.banks()))
         if self.beside.dropped:
             lines.append(f"dropped to make room, used longest ago: {', '.join(self.beside.dropped)}")
-        if run.mode == "session" and (self.session.news or self.session.accepted):
+        if run.mode == "session" and (self.session.news or self.session.past):
             lines.append("; ".join(filter(None, [self.session.news, f"edits accepted: {self.session.accepted}"])))
             self.session.news = ""
         lines += untaught(run.mode, run.bare)
@@ -478,7 +478,7 @@ def predicted(tokens: Tokens, grid: tuple[int, int], text: int, steps: int, conf
     if not tokens.computed.any():
         return "the mask is empty: the latent is returned as it came"
     if share >= LITTLE_GAIN:
-        said = f"lazy inpainting is off, all is computed: the hole takes {share:.0%} of {total} tokens"
+        said = f"the hole takes {share:.0%} of {total} tokens: lazy inpainting is off, but in mode trained"
         return "\n".join([said, *faster_crop(tokens, grid, text, 1.0)])
     dense = len(dense_steps(steps, config.warm, config.every))
     lines = [

@@ -62,7 +62,7 @@ class Session:
 
     def reset(self) -> str:
         self.bank = self.canvas = self.signature = self.pending = None
-        self.past, self.prompts = [], {}
+        self.past, self.prompts, self.news = [], {}, ""
         return "the session is empty"
 
 

@@ -62,7 +62,7 @@ def test_inspect_says_what_a_run_leaves_and_where_its_result_is(tmp_path, capsys
         told = inspected(path)
         assert f"{what} " in told
         assert "of the run 'mine'" in told
-        assert "no model file yet" in told
+        assert "no file in there" in told
     files[2].parent.mkdir()
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 8)}, files[2])
     assert f"Its result: {files[2]}." in inspected(run.path)

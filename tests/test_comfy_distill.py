@@ -35,6 +35,7 @@ else:
     import folder_paths
     import safetensors.torch
     from comfy_execution.graph_utils import ExecutionBlocker
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
     from PIL import Image
 
     import nodes
@@ -350,12 +351,12 @@ else:
         folder = place / "output" / "dmd" / "run"
         before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
         for change, words in {
-            "steps": (given | {"updates": 3, "method": method(steps=1)}, r"another steps \(2, this is 1\)"),
+            "steps": (given | {"updates": 3, "method": method(steps=1)}, r"other steps \(2, this is 1\)"),
             "guidance": (
                 given | {"updates": 3, "method": method(guidance=5.0)},
                 r"another guidance \(2.0, this is 5.0\)",
             ),
-            "size": (given | {"updates": 3, "size": 64}, r"another size \(128, this is 64\)"),
+            "size": (given | {"updates": 3, "size": 64}, r"another size \(128 x 128, this is 64 x 64\)"),
             "seed": (given | {"updates": 3, "seed": 5}, r"another seed \(\d, this is 5\)"),
         }.values():
             with pytest.raises(ValueError, match=words):
@@ -364,6 +365,17 @@ else:
         with pytest.raises(ValueError, match="100 x 100 pixels; give multiples of 16"):
             Distill.execute(**given | {"size": 100, "run_name": "fresh"})
         Distill.execute(**given | {"updates": 3})  # control
+
+    def test_another_shift_on_the_model_is_refused_before_anything_is_written(place):
+        """Levels follow from it, and Save reads them in the run's folder."""
+        given = inputs("sd3", updates=2)
+        Distill.execute(**given)
+        noted = place / "output" / "dmd" / "run" / "network.json"
+        before = noted.read_bytes()
+        (shifted,) = ModelSamplingSD3().patch(given["model"], 7.0)
+        with pytest.raises(ValueError, match=r"begun with other sigmas"):
+            Distill.execute(**given | {"updates": 3, "model": shifted})
+        assert noted.read_bytes() == before
 
     @pytest.mark.parametrize(("label", "judge"), [("DMD2", "critic"), ("LADD", "discriminator"), ("Reflow", "")])
     def test_student_and_critic_accumulate_apart(place, label, judge):

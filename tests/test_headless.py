@@ -82,10 +82,10 @@ class TestRunFile:
         with pytest.raises(ValueError, match=message):
             parse_run_file(LEAST + text)
 
-    @pytest.mark.parametrize("lack", ["name", "model"])
+    @pytest.mark.parametrize("lack", ["name", "model", "prompts"])
     def test_what_every_run_needs(self, lack):
         text = "\n".join(line for line in LEAST.splitlines() if not line.startswith(lack))
-        with pytest.raises(ValueError, match=r"lacks (name|path)"):
+        with pytest.raises(ValueError, match=r"lacks (name|path)|takes prompts .* or pictures"):
             parse_run_file(text)
 
     @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "CON", "C:x"])
@@ -528,13 +528,13 @@ def learn(kind, own, processes=None, n=8):
 def together(kind, work):
     """What work(objective, processes) gives in each of two processes."""
     own = [objective(kind) for _ in range(2)]  # not in the threads: they share the generator that networks start from
-    shared = {"slots": [None] * 2, "barrier": threading.Barrier(2)}
+    shared = {"slots": [None] * 2, "barrier": threading.Barrier(2, timeout=300)}
     found = [None] * 2
 
     def one(rank):
         found[rank] = work(own[rank], Threads(rank, shared))
 
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(2)]
+    threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(2)]
     for t in threads:
         t.start()
     for t in threads:

@@ -29,12 +29,12 @@ def learn(made, processes=None):
 def test_two_processes_of_one_picture_each_learn_what_one_learns_from_two(kind):
     expected, losses = learn(METHODS[kind]())
     made, found = [METHODS[kind]() for _ in range(2)], [None] * 2
-    shared = {"slots": [None] * 2, "barrier": threading.Barrier(2)}
+    shared = {"slots": [None] * 2, "barrier": threading.Barrier(2, timeout=300)}
 
     def work(rank):
         found[rank] = learn(made[rank], Threads(rank, shared))
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
     for t in threads:
         t.start()
     for t in threads:

@@ -16,7 +16,7 @@ from ..denoiser import Denoiser
 from ..discriminators import Discriminator, FeatureReader
 from ..inpaint.partial import Filler, places
 from .holes import HoleConfig, Holes
-from .ladd import LADD, LADDConfig
+from .ladd import EARLY_MOST, LADD, LADDConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,9 @@ class LazyLADD(Holes, LADD):
         self.negative, self.judge = negative, InHole(discriminator.reader, discriminator.heads, multiple)
         # the student of a batch is made for its canvases; the teacher stands in for what all of them share
         super().__init__(teacher, student_params, self.judge, config, steps)
-        if self.early:
-            self.early += config.adapt  # the first updates of LADD come after those that only denoise
+        if self.early:  # the first updates of LADD come after those that only denoise
+            late = self.early + config.adapt
+            self.early = late if config.early_steps >= 0 else min(late, EARLY_MOST)
 
     def terms(self, player: str, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         student, batch = self.drawn(batch, rng)
