@@ -28,7 +28,8 @@ from dmd_core.objectives.ladd import LADD, LADDConfig
 from dmd_core.objectives.rectified_flow import RectifiedFlow, RectifiedFlowConfig
 from dmd_core.schedule import Flow
 
-pytestmark = [pytest.mark.slow, pytest.mark.parametrize("seed", [0, 1, 2])]
+OTHERS = [pytest.param(seed, marks=pytest.mark.endurance) for seed in (1, 2)]
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("seed", [0, *OTHERS])]
 
 TARGET = ring(Flow())
 
