@@ -31,6 +31,7 @@ from .lazydiffusion import NOISE, encoded, holes
 from .record import NOT_RUN, Table, verdict
 
 STEPS = (1, 2, 4)
+SHOWN, WHOLE = "student", "whole student"  # what their canvases were in training
 
 TRAIN: dict[str, Any] = {"batch": 32, "rank": 32, "lr": 1e-3, "batches": 24, "without a prompt": 0.5}
 TRAIN |= {"updates, denoising": 120, "updates, 4 steps": 25, "updates, 1 step": 15}
@@ -62,13 +63,17 @@ class Renders:
 
     place: demo.World
     seed: int
+    kind: str = SHOWN
 
     def __iter__(self) -> Iterator[Batch]:
         pool = [self.drawn(torch.Generator().manual_seed(mix(self.seed, i))) for i in range(TRAIN["batches"])]
         for cursor in range(2**62):
             prompts, whole, shown, mask = pool[cursor % len(pool)]
-            whole = whole.float()
-            yield Shown(self.place.encode(prompts), tuple(whole.shape), whole, canvas=shown.float(), mask=mask)
+            whole, cond = whole.float(), self.place.encode(prompts)
+            if self.kind == SHOWN:
+                yield Shown(cond, tuple(whole.shape), whole, canvas=shown.float(), mask=mask)
+            else:
+                yield Batch(cond, tuple(whole.shape), whole)
 
     def drawn(self, rng: torch.Generator) -> tuple[list[str], Tensor, Tensor, Tensor]:
         scene = world.sample(TRAIN["batch"], rng, pairs=0.0)
@@ -80,11 +85,12 @@ class Renders:
 
 @dataclass
 class Lesson:
-    """One training of the student from where it is."""
+    """One training of the student from where it is. kind whole: as Distill trains, holes and canvases are its own."""
 
     place: demo.World
     bank: AdapterBank
     seed: int
+    kind: str
     say: Callable[[str], None]
 
     def learn(self, steps: int, adapt: int, updates: int, **options: Any) -> State:
@@ -99,11 +105,12 @@ class Lesson:
         config = LazyInpaintConfig(text_dropout=TRAIN["without a prompt"], synchronise=0.03, **calm, **settings)
         bare, critic = (Adapted(place.teacher, bank, on) for on in ({}, {"critic": 1.0}))
         players = bank.parameters("student"), bank.parameters("critic")
-        objective = OnShown(bare, filler, critic, place.encode([""]), *players, config)
+        made = OnShown if self.kind == SHOWN else LazyInpaint
+        objective = made(bare, filler, critic, place.encode([""]), *players, config)
         precision = demo.precision(place.device)
         loop = TrainConfig(steps=adapt + updates, seed=self.seed, warmup=5, cooldown=0.3, precision=precision)
         state, began = TrainState(objective, loop), time.process_time()
-        for report in train(objective, Renders(place, self.seed + 1), loop, state):
+        for report in train(objective, Renders(place, self.seed + 1, self.kind), loop, state):
             if report.step % 50 == 0:
                 losses = {k: round(v, 4) for k, v in report.losses.items()}
                 self.say(f"{report.step}/{loop.steps}: {losses}, {time.process_time() - began:.0f} s")
@@ -113,23 +120,23 @@ class Lesson:
         return found
 
 
-def students(place: demo.World, seed: int, say: Callable[[str], None]) -> dict[int, State]:
+def students(place: demo.World, seed: int, kind: str, say: Callable[[str], None]) -> dict[int, State]:
     """By their number of steps; the one for one step begins as the one for four."""
     bank, rng = AdapterBank(place.net, FAMILY.targets()), torch.Generator().manual_seed(seed)
     for name in ("student", "critic"):
         bank.new(name, TRAIN["rank"], rng)
-    lesson = Lesson(place, bank, seed, say)
+    lesson = Lesson(place, bank, seed, kind, say)
     four = lesson.learn(4, TRAIN["updates, denoising"], TRAIN["updates, 4 steps"], critic_updates=2)
     one = lesson.learn(1, 0, TRAIN["updates, 1 step"], critic_updates=3, shift=2.0)
     bank.detach()
     return {4: four, 1: one}
 
 
-def written(place: demo.World, folder: str, seed: int, say: Callable[[str], None]) -> dict[int, str]:
+def written(place: demo.World, folder: str, seed: int, kind: str, say: Callable[[str], None]) -> dict[int, str]:
     """LoRA files of one seed's students, as Save writes them."""
     names = [n for n, _ in place.net.named_modules()]
-    found = students(place, seed, say)
-    return {n: str(save_lora(folder, f"lazy_{n}_{seed}", state, names, family=FAMILY)) for n, state in found.items()}
+    found = students(place, seed, kind, say)
+    return {n: str(save_lora(folder, f"{kind} {n} {seed}", state, names, family=FAMILY)) for n, state in found.items()}
 
 
 def on_cpu(pictures: int = 16, seeds: int = 3, trainings: int = 3) -> Table:
@@ -137,17 +144,20 @@ def on_cpu(pictures: int = 16, seeds: int = 3, trainings: int = 3) -> Table:
     place = demo.World.load(torch.device("cpu"))
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        files = [written(place, folder, seed, lambda line: print(line, flush=True)) for seed in range(trainings)]
-        minutes = (time.process_time() - began) / 60 / trainings
+        files = {
+            f"{kind} {seed}": written(place, folder, seed, kind, lambda line: print(line, flush=True))
+            for kind in (SHOWN, WHOLE)
+            for seed in range(trainings)
+        }
+        minutes = (time.process_time() - began) / 60 / len(files)
         found = in_comfy(rows_of(files), pictures, seeds)
     return table(found, minutes, trainings)
 
 
-def rows_of(files: list[dict[int, str]]) -> list[dict[str, Any]]:
+def rows_of(files: Mapping[str, dict[int, str]]) -> list[dict[str, Any]]:
     """The teacher, whole and by clean context without a LoRA, then every student; the one for four steps takes two."""
     rows: list[dict[str, Any]] = [{**TEACHER, "steps": n, "ways": ["dense"]} for n in (*STEPS, 20)]
-    loras = [("teacher", None), *((f"student {i}", file) for i, file in enumerate(files))]
-    for name, file in loras:
+    for name, file in {"teacher": None, **files}.items():
         for n in STEPS:
             lora = file and file[1 if n == 1 else 4]
             rows.append({"model": name, "lora": lora, "few": True, "steps": n, "ways": ["trained"]})
@@ -169,6 +179,8 @@ def table(found: dict[str, Any] | None, minutes: float, trainings: int) -> Table
             "captions or without, and holes of many shapes; never with the prompt that is judged.",
             "It is shown canvases whose hole was filled from around it before they were encoded, as users' graphs do. "
             "The 4-step student does the 2 steps; the 1-step student began as it.",
+            "as Distill trains: on canvases encoded whole, with the holes that Distill draws. What it learns to read "
+            "beside a hole carries a trace of what the hole hid; it is judged as the others, without that trace.",
         ],
     )
     if found is None:
@@ -186,22 +198,25 @@ def merged(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for n in (*STEPS, 20):
         at = {r["model"] + (", lazy" if "trained" in r else ""): r for r in found if r["steps"] == n}
         row: dict[str, Any] = {"steps": n, "dense": at["teacher"]["dense"]}
-        made = sorted(r["trained"] for name, r in at.items() if name.startswith("student"))
-        if made:
-            row |= {"trained, without its LoRA": at["teacher, lazy"]["trained"], "trained": made[len(made) // 2]}
-            row |= {"trained, range": [made[0], made[-1]]}
+        for kind, column in ((SHOWN, "trained"), (WHOLE, "as Distill trains")):
+            made = sorted(r["trained"] for name, r in at.items() if name.startswith(kind))
+            if made:
+                row |= {"trained, without its LoRA": at["teacher, lazy"]["trained"], column: made[len(made) // 2]}
+                row |= {f"{column}, range": [made[0], made[-1]]}
         rows.append(row)
     return rows
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     """What was asked of it, and whether it was the training."""
-    at = {r["steps"]: r for r in rows}
-    ratios = [v / at[20]["dense"] for v in at[4]["trained, range"]]
-    gains = [v - at[1]["dense"] for v in at[1]["trained, range"]]
-    taught = [v - at[n]["trained, without its LoRA"] for n in STEPS for v in at[n]["trained, range"]]
-    return [
-        verdict("trained in 4 steps over dense in 20", ratios, 0.95, True),
-        verdict("trained in 1 step less dense in 1 step", gains, NOISE, True),
-        verdict("trained less the same without its LoRA", taught, NOISE, True),
-    ]
+    at, found = {r["steps"]: r for r in rows}, []
+    for what in ("trained", "as Distill trains"):
+        ratios = [v / at[20]["dense"] for v in at[4][f"{what}, range"]]
+        gains = [v - at[1]["dense"] for v in at[1][f"{what}, range"]]
+        taught = [v - at[n]["trained, without its LoRA"] for n in STEPS for v in at[n][f"{what}, range"]]
+        found += [
+            verdict(f"{what}, in 4 steps over dense in 20", ratios, 0.95, True),
+            verdict(f"{what}, in 1 step less dense in 1 step", gains, NOISE, True),
+            verdict(f"{what}, less the same without its LoRA", taught, NOISE, True),
+        ]
+    return found

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dmd_core import demo, train
+from dmd_core.data import Batch
 from dmd_core.shapes import world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,7 +269,8 @@ def test_without_a_comfyui_or_where_it_fails_the_curve_says_so(bench, monkeypatc
 def lazy_rows(dense: float, bare: float, taught: tuple[float, ...]) -> list[dict[str, Any]]:
     """As inpainting_quality_host.py gives them: one in ten less right with one step."""
     rows = [{"model": "teacher", "steps": n, "dense": dense - 0.1 * (n == 1)} for n in (1, 2, 4, 20)]
-    for name, right in (("teacher", bare), *((f"student {i}", v) for i, v in enumerate(taught))):
+    every = ((f"{kind}student {i}", v) for kind in ("", "whole ") for i, v in enumerate(taught))
+    for name, right in (("teacher", bare), *every):
         rows += [{"model": name, "steps": n, "trained": right} for n in (1, 2, 4)]
     return rows
 
@@ -281,6 +283,16 @@ def test_students_are_judged_by_the_worst_of_them(bench):
     assert all(line.endswith(": holds.") for line in bench.lazy_canvas.verdicts(rows))
     worse = bench.lazy_canvas.merged(lazy_rows(0.5, 0.44, (0.7, 0.44, 0.65)))
     assert all("does not hold" in line for line in bench.lazy_canvas.verdicts(worse))
+
+
+def test_the_other_students_are_trained_as_distill_does(bench):
+    """Their batches hold nothing that the method did not have to draw itself."""
+    place = demo.World.load(torch.device("cpu"))
+    canvas = bench.lazy_canvas
+    shown, whole = (next(iter(canvas.Renders(place, 0, kind))) for kind in (canvas.SHOWN, canvas.WHOLE))
+    assert type(whole) is Batch
+    assert torch.equal(whole.latents, shown.latents)
+    assert isinstance(shown, canvas.Shown)  # control
 
 
 def test_students_are_shown_no_trace_of_what_the_hole_hides(bench):
