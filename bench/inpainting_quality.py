@@ -28,6 +28,7 @@ def on_cpu(pictures: int = 16, seeds: int = 3) -> Table:
         "picture around the hole can tell. dense: all of the canvas at every step. refresh, session: Lazy Inpaint. "
         "crop 1.5x and tight crop: only that box is sampled. no context: a picture from the prompt alone, put into "
         "the hole. spread: the largest difference between two seeds in a row",
+        seed="0 to 2",
         settings={"canvas": "128 x 128", "image tokens": 64, "text tokens": 12, "cfg": 1},
         notes=[
             "The teacher was trained on 64 x 64. A scene that fills a canvas of 128 it does not know (pictures fall "

@@ -173,6 +173,7 @@ def table(found: dict[str, Any] | None, minutes: float, trainings: int) -> Table
         'those of "Inpainting quality", sampled by ComfyUI. dense: the embedded teacher on the whole canvas, Euler. '
         "trained: mode trained of Lazy Inpaint with the students' LoRA files (median of the students), and the same "
         "without a LoRA",
+        seed="0 to 2",
         settings=settings,
         notes=[
             f"A student learnt for {minutes:.0f} minutes of one core, on scenes in the middle of such a canvas, with "

@@ -143,6 +143,7 @@ def table(rows: list[dict[str, Any]], minutes: float) -> Table:
         "the hole's tokens alone, each joined with what the encoder said there. untrained: the same before training. "
         "blank canvas: trained, but the encoder is shown nothing. dense, no context: the embedded teacher on the whole "
         "canvas, and from the prompt alone. range: of three seeds",
+        seed="0 to 2",
         settings=settings | {"pictures per figure": 4 * PICTURES * len(SEEDS)},
         rows=rows,
         notes=[

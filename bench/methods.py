@@ -8,6 +8,7 @@ import copy
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -31,7 +32,7 @@ from dmd_core.sources import Source, shapes_source
 from dmd_core.train import TrainConfig, train
 from dmd_core.trainstate import TrainState, config_hash
 
-from .record import RESULTS, Table, holding, versions
+from .record import Table, holding, versions
 
 SEEDS = (0, 1, 2)
 BATCH, RANK, GUIDANCE = 32, 16, 2.0
@@ -106,13 +107,14 @@ class Methods(Table):
 
 
 def on_cpu(rows: tuple[Row, ...] = ROWS, seeds: tuple[int, ...] = SEEDS) -> Methods:
-    """All rows of one seed, then those of the next; what an earlier start measured is kept."""
+    """All rows of one seed, then those of the next; what a start that was stopped has measured is kept."""
     table = Methods(
         "methods",
         "Methods",
         "students of the shapes teacher, medians over seeds. frechet: distance of recogniser features to held-out "
         "renders, extrapolated to many pictures. accuracy: share of prompts read back right. coverage: of 42 kinds of "
         "object. spread: the narrowest of five factors over the renders'",
+        seed="0 to 2",
         settings={"pictures": 1024, "batch": BATCH, "rank": RANK, "teacher's cfg": GUIDANCE, "clock": "processor"},
     )
     table.runs = [run for run in kept() if run["settings"] in {marked(r) for r in rows}]
@@ -123,13 +125,13 @@ def on_cpu(rows: tuple[Row, ...] = ROWS, seeds: tuple[int, ...] = SEEDS) -> Meth
                 table.runs.append(measured(world, row, seed))
                 PROGRESS.parent.mkdir(parents=True, exist_ok=True)
                 PROGRESS.write_text(json.dumps({"runs": table.runs}, indent=1) + "\n", encoding="utf-8")
+    PROGRESS.unlink(missing_ok=True)  # the next start measures anew
     return summarise(table, rows)
 
 
 def kept() -> list[dict[str, Any]]:
-    """Runs of a start that was stopped, else those of the results."""
-    paths = [p for p in (PROGRESS, RESULTS / "methods.cpu.json") if p.is_file()]
-    return json.loads(paths[0].read_text(encoding="utf-8"))["runs"] if paths else []
+    """Runs of a start that was stopped on this machine; those of the results were measured on another one."""
+    return json.loads(PROGRESS.read_text(encoding="utf-8"))["runs"] if PROGRESS.is_file() else []
 
 
 def marked(row: Row) -> str:
@@ -322,8 +324,13 @@ def summarise(table: Methods, rows: tuple[Row, ...]) -> Methods:
             plain = row.method and not row.style and same
             line["below the teacher"] = ("yes" if line["frechet"] < same["frechet"] else "no") if plain else ""
             table.rows.append(line)
-    table.notes = [*NOTES, *verdicts(rows, found)]
+    table.notes = [*NOTES, commits(table.runs), *verdicts(rows, found)]
     return table
+
+
+def commits(runs: list[dict[str, Any]]) -> str:
+    counted = Counter(run["commit"] for run in runs)
+    return "Runs by commit: " + ", ".join(f"{commit} {n}" for commit, n in counted.most_common()) + "."
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def section(found: dict[str, Any], suffix: str = "", level: str = "##") -> str:
     if found["settings"]:
         lines += ["Settings: " + ", ".join(f"{k} {v}" for k, v in found["settings"].items()) + ".", ""]
     lines += [f"- {note}" for note in found["notes"]] + ([""] if found["notes"] else [])
-    lines += [f"`{found['command']}`, seed {found['seed']}. {machine}. {versions}.", ""]
+    seeds = "seeds" if isinstance(found["seed"], str) else "seed"
+    lines += [f"`{found['command']}`, {seeds} {found['seed']}. {machine}. {versions}.", ""]
     return "\n".join(lines)
 
 

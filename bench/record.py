@@ -31,7 +31,7 @@ class Table:
     name: str
     title: str
     about: str  # what is compared with what
-    seed: int = 0
+    seed: int | str = 0  # in words where there are several
     settings: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -71,8 +71,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "absent"
     root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    return found | {"commit": commit.stdout.strip() or "unknown"}
+    commit = git(root, "rev-parse", "--short", "HEAD")
+    changed = git(root, "status", "--porcelain", "--", "bench/*.py", "dmd_core", "nodes")
+    return found | {"commit": (commit or "unknown") + (" with changes" if changed else "")}
+
+
+def git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
 
 
 def seconds(work: Work, device: str = "cpu") -> float:

@@ -227,6 +227,7 @@ def table(found: Iterable[Figures]) -> Table:
         "sliders made with the nodes' settings on the embedded world, median over three training seeds. Ranges and "
         "drifts are shares of a factor's whole range, from end to end of a slider's usable range, as the frozen "
         "recogniser reads them, which took no part in training or calibration",
+        seed="0 to 2",
         settings={f"words {k}": v for k, v in chosen(WORDS).items()}
         | {f"discovery {k}": v for k, v in chosen(FOUND).items()},
         rows=rows_of(found),

@@ -67,6 +67,7 @@ def on_cpu(seeds: tuple[int, ...] = SEEDS, judged: int = JUDGED) -> Table:
         "The embedded demo",
         "`python -m dmd_core demo` with several seeds: medians over them, and each seed's figure. Prompts and held-out "
         "renders are the demo's; frechet is extrapolated to many pictures",
+        seed="0 to 2",
         settings={"pictures": judged},
         notes=[
             "Controls train the 4-step student and must miss what it reaches: one that is its own critic, for as many "

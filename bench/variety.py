@@ -118,6 +118,7 @@ def on_cpu(prompts: int = 64, each: int = 8) -> Table:
         "Seed variety",
         "mean distance between the recogniser's features of pictures with one prompt and different seeds, over the "
         "teacher's; and the share of pictures that show what their prompt says",
+        seed="0 to 2",
         settings={"prompts per seed": prompts, "pictures per prompt": each, "student's steps": STEPS},
         notes=[
             f"Teacher: {TEACHER_STEPS} steps, guidance {GUIDANCE:g}. Every row of a seed has its prompts and noise.",

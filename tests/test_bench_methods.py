@@ -41,11 +41,10 @@ def test_a_stopped_start_goes_on_and_other_settings_are_measured_again(methods, 
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append((row.key, seed))
-        figures = dict.fromkeys(("accuracy", "coverage", "spread", "dark", "minutes"), 1.0)
-        return {"row": row.key, "seed": seed, "settings": methods.marked(row), "frechet": float(seed), **figures}
+        figures = dict.fromkeys(("accuracy", "coverage", "spread", "dark", "minutes"), 1.0) | {"frechet": float(seed)}
+        return {"row": row.key, "seed": seed, "settings": methods.marked(row), "commit": "c", **figures}
 
     monkeypatch.setattr(methods, "PROGRESS", tmp_path / "bench" / "runs.json")
-    monkeypatch.setattr(methods, "RESULTS", tmp_path)
     monkeypatch.setattr(methods, "measured", measured)
     monkeypatch.setattr(methods.demo.World, "load", lambda device: None)
     one, two, *_ = [r for r in methods.ROWS if r.method]
@@ -57,8 +56,13 @@ def test_a_stopped_start_goes_on_and_other_settings_are_measured_again(methods, 
     table = methods.on_cpu((one, two), (0, 1))
     assert asked == [(two.key, 1)]
     assert [(row["frechet"], row["seeds"]) for row in table.rows] == [(0.5, 2), (0.5, 2)]
+    assert "Runs by commit: c 4." in table.notes
     asked.clear()
-    methods.on_cpu((methods.replace(one, updates=one.updates + 1), two), (0,))  # control
+    with pytest.raises(KeyboardInterrupt):  # a whole table is measured anew
+        methods.on_cpu((one, two), (0, 1))
+    assert asked == first
+    asked.clear()
+    methods.on_cpu((methods.replace(one, updates=one.updates + 1), two), (0,))  # control: other settings
     assert asked == [(one.key, 0)]
 
 
