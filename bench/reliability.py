@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
+
 from .record import NOT_RUN, RESULTS, Table, versions
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +28,7 @@ class Row:
     times: str
     file: str
     chosen: str  # pytest's -k
-    where: str = "here"  # host: in ComfyUI's interpreter; guided: not pytest but guided.py
+    where: str = "here"  # host: in ComfyUI's interpreter; guided: not pytest but guided.py; gpu: where there is CUDA
 
 
 ROWS = {
@@ -37,6 +39,7 @@ ROWS = {
     "cancels": Row(
         "cancel at any moment in ComfyUI: as a fresh start", "7 a node", "test_reliability_comfy.py", "hundred", "host"
     ),
+    "memory": Row("out of memory on CUDA, really: caught, saved, given back", "1", "test_reliability.py", "gpu", "gpu"),
     "soak": Row(
         "prompts through ComfyUI's queue: memory flat within 2 %", "2000", "test_reliability_comfy.py", "flat", "host"
     ),
@@ -71,13 +74,15 @@ def measured(row: Row) -> dict[str, Any]:
     """Runs the row's tests and reads what pytest says of them."""
     if row.where == "guided":
         return guided(int(row.times))
+    if row.where == "gpu" and not torch.cuda.is_available():
+        return {"tests": NOT_RUN, "failed": NOT_RUN, "figures": "no CUDA device"}
     with tempfile.TemporaryDirectory() as aside:
         report = Path(aside) / "report.xml"
-        marked = "endurance and comfy" if row.where == "host" else "endurance"
+        marked = {"host": "endurance and comfy", "gpu": "gpu"}.get(row.where, "endurance")
         flags = ["-q", "-p", "no:cacheprovider", "-m", marked, "-k", row.chosen, f"--junitxml={report}"]
         if row.where == "host" and not run_in_host(row, flags):
             return {"tests": NOT_RUN, "failed": NOT_RUN, "figures": "no ComfyUI found"}
-        if row.where == "here":
+        if row.where != "host":
             subprocess.run([sys.executable, "-m", "pytest", *flags, str(ROOT / "tests" / row.file)], cwd=ROOT)
         return read(report)
 

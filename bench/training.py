@@ -223,5 +223,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
         speed, memory = f"speed over {other}", f"peak memory over {other}"
         notes.append(verdict(memory, [r[memory] for r in rows], 1 / 3))
         notes.append(verdict(speed, [r[speed] for r in rows], 1, at_least=True))
-        notes.append(verdict(f"one sample a step, {speed}", [r[f"one sample a step, {speed}"] for r in rows], 1, True))
+        # the published loop has passes to spare against one sample a step; not against copies that are LoRA sets too
+        wanted, once = (1.5 if other == "three copies" else 1), f"one sample a step, {speed}"
+        notes.append(verdict(once, [r[once] for r in rows], wanted, at_least=True))
     return notes
