@@ -186,8 +186,8 @@ def on_cpu(rounds: int = 3, batch: int = 1, done: Callable[[Table], object] = la
         notes=[
             "Networks are scaled down (20 to 33 million parameters) and random.",
             "Ours draws a fresh sample for the student's own update, which the published loop shares with the critic: "
-            "26 passes per student update against 25 (a backward counts as two). One sample a step, an option which "
-            "the embedded demo uses, all updates of a step share theirs: 22.",
+            "26 passes per student update against 25 (a backward counts as two). With one sample a step, an option "
+            "that the embedded demo uses, all updates of a step share theirs: 22.",
             "peak memory: growth of a fresh fork over two updates, activations included. "
             "kept memory: weights and optimiser between updates, counted.",
         ],
