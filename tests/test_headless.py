@@ -525,14 +525,12 @@ def learn(kind, own, processes=None, n=8):
     return flat(own), [r.losses for r in reports]
 
 
-def together(kind, work):
-    """What work(objective, processes) gives in each of two processes."""
-    own = [objective(kind) for _ in range(2)]  # not in the threads: they share the generator that networks start from
-    shared = {"slots": [None] * 2, "barrier": threading.Barrier(2, timeout=300)}
-    found = [None] * 2
+def side_by_side(work):
+    """What work(rank, processes) gives in each of two processes."""
+    shared, found = {"slots": [None] * 2, "barrier": threading.Barrier(2, timeout=300)}, [None] * 2
 
     def one(rank):
-        found[rank] = work(own[rank], Threads(rank, shared))
+        found[rank] = work(rank, Threads(rank, shared))
 
     threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(2)]
     for t in threads:
@@ -540,6 +538,11 @@ def together(kind, work):
     for t in threads:
         t.join(300)
     return found
+
+
+def together(kind, work):
+    own = [objective(kind) for _ in range(2)]  # not in the threads: they share the generator that networks start from
+    return side_by_side(lambda rank, processes: work(own[rank], processes))
 
 
 @pytest.mark.parametrize(("kind", "n"), [("dmd2", 8), ("dmd2", 2), ("rectified_flow", 8)])

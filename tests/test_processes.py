@@ -1,11 +1,10 @@
 """Several processes learn what one learns with all their rows: what the lazy methods draw for a whole batch."""
 
-import threading
 from itertools import islice
 
 import pytest
 import torch
-from test_headless import Threads
+from test_headless import side_by_side
 from test_reliability import METHODS
 
 from dmd_core.inpaint import draw_holes
@@ -28,18 +27,8 @@ def learn(made, processes=None):
 @pytest.mark.parametrize("kind", ["lazy_inpaint", "lazy_ladd"])
 def test_two_processes_of_one_picture_each_learn_what_one_learns_from_two(kind):
     expected, losses = learn(METHODS[kind]())
-    made, found = [METHODS[kind]() for _ in range(2)], [None] * 2
-    shared = {"slots": [None] * 2, "barrier": threading.Barrier(2, timeout=300)}
-
-    def work(rank):
-        found[rank] = learn(made[rank], Threads(rank, shared))
-
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(300)
-    for params, seen in found:
+    made = [METHODS[kind]() for _ in range(2)]
+    for params, seen in side_by_side(lambda rank, processes: learn(made[rank], processes)):
         for k, v in expected.items():
             torch.testing.assert_close(params[k], v, rtol=1e-4, atol=1e-6)
         for a, b in zip(seen, losses, strict=True):
