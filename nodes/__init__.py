@@ -1,7 +1,9 @@
 """The nodes: thin, V3, and the only place that imports comfy."""
 
+import comfy.model_management
 from comfy_api.latest import ComfyAPI, ComfyExtension, io
 
+from ..dmd_core import cancel
 from .discover_sliders import DiscoverSliders
 from .distill import Distill
 from .doctor import Doctor
@@ -42,6 +44,8 @@ NODES: list[type[io.ComfyNode]] = [
     Doctor,
 ]
 
+# by its name at each call: ComfyUI's question is what the host has then
+cancel.ask = lambda: comfy.model_management.throw_exception_if_processing_interrupted()
 
 # Node ids are permanent. Should one ever change, it is listed here and its old id goes on working. None has changed
 # yet; tests/test_shipped.py fails when an id, an input or an output disappears.

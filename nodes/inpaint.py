@@ -607,4 +607,4 @@ class Inpaint(io.ComfyNode):
         guider = guider_of(patched, positive, negative, way.cfg)
         samples = sample_latent(patched, guider, way.sampler, way.sigmas, latent, seed)["samples"]
         out = CompositeInpaint.execute(region, {"samples": samples}, vae, 0.0, True, True).args[0]
-        return io.NodeOutput(out, "\n".join([info, lazy.text] if region.boxes is None else [info]))
+        return io.NodeOutput(out, "\n".join(filter(None, [info, lazy.text if region.boxes is None else ""])))

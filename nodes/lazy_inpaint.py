@@ -89,7 +89,7 @@ class Lazy:
         self.beside = (Sessions() if sessions is None else sessions).beside(self.session)
         self.tell: Callable[[str], None] = tell or logging.getLogger(__name__).info
         self.run: Run | None = None
-        self.text = "lazy inpainting has not run yet"
+        self.text = "" if self.config.mode == "dense" else "lazy inpainting has not run yet"
 
     def patch(self, model: Any) -> Any:
         clone = model.clone()

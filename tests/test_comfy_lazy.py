@@ -867,6 +867,15 @@ else:
         tensors = lora.lora_tensors(state, family, net)
         return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0, lora_metadata=metadata)[0]
 
+    def test_a_dense_run_does_not_say_that_lazy_inpainting_has_not_run_yet():
+        how = {"steps": 2, "cfg": 1.0, "sampler": "euler"}
+        dense, lazy = (
+            one_node(comfy_tiny.patcher("flux"), "flux", **how, mode=mode)[1] for mode in ("dense", "session")
+        )
+        assert "has not run" not in dense + lazy
+        assert "tokens are computed" not in dense
+        assert "tokens are computed" in lazy
+
     def test_automatic_samples_few_step_models_as_they_were_trained_and_others_in_twenty_steps():
         model, seen = comfy_tiny.patcher("flux"), []
         few = student(model, steps=3, sigmas=(1.0, 0.8, 0.4, 0.0), prediction="flow")

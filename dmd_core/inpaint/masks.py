@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .. import cancel
+
 
 def check(image: Tensor, mask: Tensor) -> Tensor:
     """The mask, one per image; image [b c h w]. A single mask serves a whole batch."""
@@ -49,6 +51,7 @@ def dilate(mask: Tensor, pixels: int) -> Tensor:
     """Grown by a square of 2 * pixels + 1; shrunk if negative."""
     if pixels == 0:
         return mask
+    cancel.ask()
     # two passes of one dimension cost 2 (2r+1) instead of (2r+1)^2
     size, pad = 2 * abs(pixels) + 1, abs(pixels)
     value = mask[:, None].float() * (1 if pixels > 0 else -1)
@@ -62,6 +65,7 @@ def blur(value: Tensor, pixels: float) -> Tensor:
     radius = round(pixels)
     if radius < 1:
         return value
+    cancel.ask()
     offset = torch.arange(-radius, radius + 1, dtype=torch.float32, device=value.device)
     kernel = torch.exp(-0.5 * (offset / (pixels / 2)) ** 2)
     kernel = (kernel / kernel.sum()).expand(value.shape[1], 1, -1)
@@ -112,6 +116,7 @@ def _spread(value: Tensor, open_: Tensor) -> Tensor:
     """The largest value that can be reached through open cells, sweeping whole runs of a row or column at a time."""
     value = value * open_
     while True:
+        cancel.ask()
         swept = _sweep(value, open_)
         swept = _sweep(swept.mT, open_.mT).mT
         if torch.equal(swept, value):

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import cancel
 from .header import Header, read_header
 
 MAX_NAME = 120  # letters; Windows allows 260 for a whole path
@@ -127,6 +128,7 @@ def write_streaming(
         file.write(struct.pack("<Q", len(raw)))
         file.write(raw)
         for key in order:
+            cancel.ask()
             dtype, shape = specs[key]
             tensor = get(key).detach().to("cpu", dtype).contiguous()
             if tuple(tensor.shape) != shape:

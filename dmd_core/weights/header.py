@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .. import cancel
+
 Shape = tuple[int, ...]
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -65,6 +67,7 @@ def _content_hash(path: Path, _changed: int, _size: int) -> str:
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
+            cancel.ask()
             sha.update(chunk)
     return sha.hexdigest()
 
