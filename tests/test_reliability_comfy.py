@@ -11,8 +11,10 @@ import random
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +40,9 @@ else:
     import comfy.ops
     import comfy.sample
     import comfy_tiny
+    import execution
     import folder_paths
+    import safetensors.torch
     import slider_files
     import slider_host
     import soak_graphs
@@ -52,6 +56,7 @@ else:
     negative_guidance, variety, inpaint = pack("nodes.negative_guidance"), pack("nodes.variety"), pack("nodes.inpaint")
     sampler, runs, instant_slider = pack("nodes.sampler"), pack("dmd_core.runs"), pack("nodes.instant_slider")
     train_slider, discover_sliders = pack("nodes.train_slider"), pack("nodes.discover_sliders")
+    doctor, inspect_run = pack("nodes.doctor"), pack("nodes.inspect_run")
     save = pack("nodes.save")
     save.STRENGTHS = (0.0, 1.0)  # fewer pictures, the same way
     mix_sliders, read_slider = pack("nodes.mix_sliders"), pack("nodes.slider_files").read
@@ -114,8 +119,6 @@ else:
         given |= {"model": model, "prompts": prompts, "negative": conds()[1], "mode": "train", "run_name": name}
         distill.Distill.execute(**given | {"method": method})
         run = runs.Run(runs.locate(distill.root(), name))
-        import safetensors.torch
-
         found = safetensors.torch.load_file(run.snapshots()[-1] / "student.safetensors")
         return torch.cat([v.flatten() for v in found.values()])
 
@@ -230,13 +233,91 @@ else:
         "Mix Sliders": mixing,
     }
 
-    CALL_NO_NETWORK = {"Load Shapes", "Inspect Run", "Doctor", "Prepare Inpaint", "Composite Inpaint"}
+    # --- nodes without a network, in graphs: ComfyUI's executor asks before each node ---------------------------------
+
+    class Kept:
+        """Ends a graph; what reached it is in `found`."""
+
+        RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "keep", True
+        found: dict = {}
+
+        @classmethod
+        def INPUT_TYPES(cls):
+            return {"required": {}}
+
+        @classmethod
+        def IS_CHANGED(cls, **given):
+            return float("nan")
+
+        def keep(self, **given):
+            Kept.found = given
+            return {}
+
+    stock.NODE_CLASS_MAPPINGS["Kept"] = Kept
+    CACHE = {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
+    EXECUTOR = execution.PromptExecutor(SERVER, cache_args=CACHE)
+
+    def through(graph: soak_graphs.Graph, number: int, **ends: list) -> dict:
+        """What reaches the end. Odd prompts find in ComfyUI's cache what a cancelled one has left there."""
+        if number == 1 or number % 2 == 0:
+            EXECUTOR.reset()
+        inpaint.SESSIONS.clear()
+        EXECUTOR.execute(graph | {"kept": soak_graphs.node("Kept", **ends)}, "a prompt", {}, ["kept"])
+        event, about = EXECUTOR.status_messages[-1]
+        if event == "execution_interrupted":
+            raise mm.InterruptProcessingException
+        assert event == "execution_success", about
+        found, Kept.found = Kept.found, {}
+        return found
+
+    def loading(model, number: int):
+        given = soak_graphs.loaded(3) | {
+            "student": soak_graphs.node("DMD_LoadShapes", model=soak_graphs.STUDENT),
+            "sampled": soak_graphs.node("DMD_FewStepSampler", model=["student", 0], positive=["text", 0],
+                                        latent=["empty", 0], seed=3),
+            "pictures": soak_graphs.node("VAEDecode", samples=["sampled", 0], vae=["student", 2]),
+        }  # fmt: skip
+        return through(given, number, pictures=["pictures", 0])["pictures"]
+
+    SHOWS_PICTURES = {"Inspect Run"}  # when it is done; ComfyUI draws their files' names from Python's generator
+
+    def inspecting(model, number: int):
+        if number == 0:
+            distilling(model, 0)
+        given = {"run": soak_graphs.node("DMD_InspectRun", run="run 0", snapshot="last", action="show")}
+        found = through(given, number, curves=["run", 0], sheet=["run", 1], lora=["run", 2])
+        return torch.cat([v.flatten().float() for v in (found["curves"], found["sheet"], *found["lora"].values())])
+
+    def repairing(model, number: int):
+        folder = Path(folder_paths.get_folder_paths("loras")[0])
+        if number == 0:
+            slider_files.write(folder, "tiny", model)
+        given = {"copy": soak_graphs.node("DMD_Doctor", file="loras/tiny_00001.safetensors", action=doctor.COPY)}
+        found = safetensors.torch.load_file(through(given, number, path=["copy", 1])["path"])
+        return torch.cat([v.flatten() for _, v in sorted(found.items())])
+
+    def preparing(model, number: int):
+        ends = {name: ["prepared", i] for i, name in ((0, "latent"), (2, "picture"), (3, "mask"))}
+        found = through(soak_graphs.inpainted(3, "", ""), number, **ends)
+        parts = (found["latent"]["samples"], found["latent"]["noise_mask"], found["picture"], found["mask"])
+        return torch.cat([v.flatten() for v in parts])
+
+    def compositing(model, number: int):
+        return through(soak_graphs.inpainted(3, "", ""), number, picture=["put", 0])["picture"]
+
+    QUIET: dict[str, tuple[type, Callable]] = {
+        "Load Shapes": (load_shapes.LoadShapes, loading),
+        "Inspect Run": (inspect_run.InspectRun, inspecting),
+        "Doctor": (doctor.Doctor, repairing),
+        "Prepare Inpaint": (inpaint.PrepareInpaint, preparing),
+        "Composite Inpaint": (inpaint.CompositeInpaint, compositing),
+    }
 
     def test_no_node_is_left_out():
         def plain(name):
             return "".join(re.findall(r"\w", name.partition(",")[0]))
 
-        tried = {plain(name) for name in [*PROMPTS, *CALL_NO_NETWORK]}
+        tried = {plain(name) for name in [*PROMPTS, *QUIET]}
         shown = {"FewStep": "FewStepSettings", "Variety": "SeedVariety"}
         nodes = {kind.__name__ for kind in pack("nodes").NODES}
         assert tried == {shown.get(name, name) for name in nodes}
@@ -301,12 +382,36 @@ else:
         finally:
             mm.throw_exception_if_processing_interrupted = ask
 
+    @contextmanager
+    def pressed(kind: type, at: int | None = None):
+        """Counts the calls inside of a node; at the given one the user cancels. Who asks next learns of it."""
+        count, work = SimpleNamespace(n=0, noise=set()), kind.execute.__func__
+
+        def watch(frame, event, argument):
+            if event == "call":
+                count.n += 1
+                if count.n == at:
+                    mm.interrupt_current_processing(True)
+
+        def watched(cls, *args, **given):
+            sys.setprofile(watch)
+            try:
+                return work(cls, *args, **given)
+            finally:
+                sys.setprofile(None)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, "execute", classmethod(watched))
+            yield count
+
     @torch.inference_mode()
     def cancelled(name: str, times: int, seed: int) -> None:
-        prompt, model = PROMPTS[name], comfy_tiny.patcher("flux")
+        model, moments, prompt = comfy_tiny.patcher("flux"), asked, PROMPTS.get(name)
+        if prompt is None:
+            moments, prompt = partial(pressed, QUIET[name][0]), QUIET[name][1]
         fresh = prompt(model, 0).clone()
         # the control: an equal start gives equal bits, so that a difference would be the cancel's
-        with asked() as questions:
+        with moments() as questions:
             assert torch.equal(prompt(comfy_tiny.patcher("flux"), 1), fresh)
         assert questions.n > 2, "this node is never asked whether it was cancelled"
         questions.noise.add(torch.get_rng_state().numpy().tobytes())
@@ -318,28 +423,42 @@ else:
             torch.manual_seed(1234)
             # taken anew each time: ComfyUI names a finished node's pictures by chance
             noise_before, state = torch.get_rng_state(), around(model)
-            with asked(moment), pytest.raises(mm.InterruptProcessingException):
+            with moments(moment), pytest.raises(mm.InterruptProcessingException):
                 prompt(model, 2 + 2 * i)
-            where = f"{name}, cancelled at question {moment} of {questions.n}"
+            where = f"{name}, cancelled at moment {moment} of {questions.n}"
             assert not mm.processing_interrupted(), where
-            left = around(model)
-            assert not {k: v for k, v in left.items() if v != state[k]}, where
+            changed = {k: v for k, v in around(model).items() if v != state[k]}
+            if name in SHOWS_PICTURES:
+                changed.pop("python's generator", None)
+            assert not changed, where
             assert same(bits(model), weights), where
             # stock sampling seeds torch's generator with the prompt's seeds; nothing else may touch it
             noise = torch.get_rng_state()
             assert torch.equal(noise, noise_before) or noise.numpy().tobytes() in questions.noise, where
             assert held() <= memory + (1 << 20), where
+            assert not [*Path(folder_paths.get_output_directory()).parent.rglob("*.part")], where
             assert torch.equal(prompt(model, 3 + 2 * i), fresh), where
 
-    @pytest.mark.parametrize("name", PROMPTS)
+    @pytest.mark.parametrize("name", [*PROMPTS, *QUIET])
     def test_a_cancel_at_any_moment_leaves_nothing_and_the_next_prompt_is_a_fresh_start(name):
         cancelled(name, 1, 0)
 
     @pytest.mark.slow
     @pytest.mark.endurance
-    @pytest.mark.parametrize("name", PROMPTS)
+    @pytest.mark.parametrize("name", [*PROMPTS, *QUIET])
     def test_so_do_a_hundred_cancels(name):
-        cancelled(name, -(-100 // len(PROMPTS)), 1)
+        cancelled(name, 7, 1)
+
+    def test_a_cancel_stops_masks_and_files_at_once():
+        """Not only at the next node."""
+        picture, mask = torch.rand(1, 64, 64, 3), torch.zeros(1, 64, 64)
+        mask[:, 20:40, 20:40] = 1
+        given = (picture, mask, Colours(), "crop per island", 1.5, 8, 8, True, "blur", 0, 0, 0, 0, 2)
+        inpaint.PrepareInpaint.execute(*given)
+        mm.interrupt_current_processing(True)
+        with pytest.raises(mm.InterruptProcessingException):
+            inpaint.PrepareInpaint.execute(*given)
+        assert not mm.processing_interrupted()
 
     def test_loading_the_embedded_world_draws_no_numbers_from_others_generators():
         noise, numbers = torch.get_rng_state(), random.getstate()
@@ -408,12 +527,10 @@ else:
 
     def queue(place: Path) -> Callable[[int], None]:
         """One prompt after another through ComfyUI's own executor, with a slider's file and a run to look at."""
-        import execution
-
         with torch.inference_mode():
             distilling(comfy_tiny.patcher("flux"), 0)
         slider = slider_files.write(place / "loras", "tiny", load_shapes.load_model(None)).name
-        executor = execution.PromptExecutor(SERVER, cache_args={"lru": 0, "ram": 0.0, "ram_inactive": 0.0})
+        executor = execution.PromptExecutor(SERVER, cache_args=CACHE)
 
         def prompt(seed: int) -> None:
             given = soak_graphs.graph(seed, slider, "run 0")
