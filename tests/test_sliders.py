@@ -206,6 +206,10 @@ def test_attributes_make_rows():
     assert [len(r) for r in spec.rows()] == [2, 2, 2]
     placed = SliderPrompts(neutral="a {}", positive="a large {}", negative="a small {}", attributes=("cat", "dog"))
     assert placed.rows()[1] == ["a large cat", "a large dog"]
+    parts = SliderPrompts(neutral="a {} {}", positive="a {} left {}", negative="{} {}", attributes=("cat|on dark",))
+    assert parts.rows() == (["a cat on dark"], ["a cat left on dark"], ["cat on dark"])
+    with pytest.raises(ValueError, match="2 parts and the prompt 'a cat {}' has 1 places"):
+        SliderPrompts(neutral="a cat {}", positive="a", negative="b", attributes=("large|on dark",)).rows()
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ class Words:
 class SliderPrompts:
     """A slider in words. Each attribute makes a row of its own: at {} where a prompt has it, else in front.
 
-    "person" with "male" and "female" becomes "male person" and "female person"; "an old {} person" likewise.
+    "person" with "male" and "female" becomes "male person" and "female person"; "an old {} person" likewise. Parts
+    divided by | fill several {} in turn: "a {} person {}" with "male | outdoors" is "a male person outdoors".
     """
 
     neutral: str
@@ -61,7 +62,17 @@ class SliderPrompts:
 
 
 def _with(attribute: str, prompt: str) -> str:
-    text = prompt.replace("{}", attribute) if "{}" in prompt else f"{attribute} {prompt}"
+    parts, between = attribute.split("|"), prompt.split("{}")
+    gaps = len(between) - 1
+    if len(parts) == 1:
+        text = attribute.join(between) if gaps else f"{attribute} {prompt}"
+    elif len(parts) == gaps:
+        text = "".join(t for pair in zip(between, [*parts, ""], strict=True) for t in pair)
+    else:
+        raise ValueError(
+            f"the attribute {attribute!r} has {len(parts)} parts and the prompt {prompt!r} has {gaps} places for them; "
+            "give every prompt as many {} as there are parts, or an attribute of one part"
+        )
     return " ".join(text.split())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 ALIKE = 1e-5  # a standard deviation below this share of the features' size is rounding, not variety
 MAIN = 0.05  # a main direction holds this share of the variance
 TIED = 3.0  # variances closer than this many of their sampling errors are not told apart
+KEPT = 512  # coordinates that halves of a pool are compared in; all of them where it has no more pictures
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ def find_directions(features: Tensor, k: int, rng: torch.Generator, halves: int 
         raise ValueError(f"{k} directions were asked for, but this pool varies in {real} only; ask for {real} or fewer")
     # the best k by score may lie a little beyond the first k by variance
     near = min(real, 2 * k)
-    vectors, sds, total = vectors[:near], sds[:near], sds.square().sum()
+    axes, vectors, sds, total = vectors, vectors[:near], sds[:near], sds.square().sum()
     groups = ties(sds.square() / total, len(features))
     vectors = turned(features, vectors, groups)
     sds = ((features.double() - features.double().mean(0)) @ vectors.T).std(0)
-    stability = split_half(features, vectors, rng, halves, groups)
+    own = axes[:KEPT]
+    stability = split_half(features.double() @ own.T, vectors @ own.T, rng, halves, groups)
     explained = sds.square() / total
     order = (explained * stability).argsort(descending=True)[:k]
     vectors = _signed(vectors[order])
