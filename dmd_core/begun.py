@@ -8,27 +8,36 @@ from .runs import Run, finite
 
 SETTLED = ("method", "train")  # tables of the run file whose fields the states depend on
 FREE = ("train.steps",)  # a longer run goes on
+LONG = 80  # letters of two values beyond which only their name is said
 
 
-def refuse_other(run: Run, fixed: Mapping[str, Any], file: Mapping[str, Any]) -> None:
-    """Before anything is written: a refused run stays as it was. fixed: what was noted as begun_with.
+def refuse_other(
+    run: Run, fixed: Mapping[str, Any], file: Mapping[str, Any] | None = None, noted: str = "begun_with"
+) -> None:
+    """Before anything is written: a refused run stays as it was. fixed: what run.json holds under `noted`.
 
     Another model of the same family would go on from these states, and be judged by the old one's pictures.
     """
-    noted = run.settings()
-    before, then = (found if isinstance(found := noted.get(k), dict) else {} for k in ("begun_with", "file"))
-    changes = [named_change(k, before[k], v) for k, v in fixed.items() if before.get(k, v) != v]
-    old, new = dict(flat(then)), dict(flat(json.loads(json.dumps(finite(file), default=str))))
-    # what an older version did not note cannot be compared
-    other = [name for name in old if name in new and old[name] != new[name]]
-    if "steps" in other and "sigmas" in other:
-        other.remove("sigmas")  # they follow from the steps
-    changes += [named_change(name, old[name], new[name]) for name in other]
-    if changes := [c for c in changes if c]:
+    before, then = (found if isinstance(found := run.settings().get(k), dict) else {} for k in (noted, "file"))
+    other = differing(before, plain(fixed))
+    written = differing(dict(flat(then)), dict(flat(plain(file or {}))))
+    if "steps" in written:
+        written.pop("sigmas", None)  # they follow from the steps
+    if changes := [c for name, values in (other | written).items() if (c := named_change(name, *values))]:
         raise ValueError(
             f"the run {run.name!r} was begun with {', '.join(changes)}; go on with the same, choose another run name, "
             "or begin a new run (resume: new)"
         )
+
+
+def plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """As run.json gives it back."""
+    return json.loads(json.dumps(finite(given), default=str))
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What an older version did not note cannot be compared."""
+    return {name: (old[name], new[name]) for name in old if name in new and old[name] != new[name]}
 
 
 def flat(file: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -44,8 +53,9 @@ def flat(file: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def named_change(name: str, before: Any, now: Any) -> str:
     """In words; empty where a model has another name but the same weights."""
-    if name != "model":
-        return f"{'other' if name.endswith('s') else 'another'} {name} ({before}, this is {now})"
+    if not (name == "model" and isinstance(before, Mapping)):
+        values = f" ({before}, this is {now})"
+        return f"{'other' if name.endswith('s') else 'another'} {name}{values if len(values) < LONG else ''}"
     if before["hash"] == now["hash"]:
         return ""
     this = f"this is {now['name']}" if before["name"] != now["name"] else "of other weights than this one"

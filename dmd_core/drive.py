@@ -87,14 +87,15 @@ def drive(
     gallery: Gallery | None = None,
     preview: Callable[[], Image.Image] | None = None,
     about: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
     processes: Processes = ALONE,
     say: Say = lambda line: None,
 ) -> Iterator[Progress]:
     """Trains in the run folder until config.steps, going on where its newest sound state stands.
 
     Cancel by close(), or by any exception raised at the yield or inside the objective: the state is saved (not that of
-    shards, see `rescue`) and the exception passes. `about` goes into run.json. With many processes every one of them
-    drives; the first one writes.
+    shards, see `rescue`) and the exception passes. `about` goes into run.json, `beside` into files of its
+    keys' names. With many processes every one of them drives; the first one writes.
     """
     settings = settings or DriveConfig()
     if processes.count > 1:
@@ -102,7 +103,7 @@ def drive(
     with run.locked() if processes.rank == 0 else nullcontext():
         state = TrainState(objective, config)
         session = Session(objective, config, run, settings, gallery, preview, processes, say, state)
-        session.begin(about or {})
+        session.begin(about or {}, beside or {})
         steps = train(objective, batches, config, state, processes.mean if processes.count > 1 else None)
         try:
             for report in steps:
@@ -170,12 +171,14 @@ class Session:
         """What the first process decides, where the others have to do it with it."""
         return bool(self.processes.share(int(value))) if self.state.sharded else value
 
-    def begin(self, about: Mapping[str, Any]) -> None:
-        """Loads the newest sound state into every process; the first one tidies the folder."""
+    def begin(self, about: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
+        """Loads the newest sound state into every process; then the first one writes, and tidies the folder."""
         resumed = self.first and self.run.resume(self.state, self.say)
         if self.first:
             settings = {"train": asdict(self.config), "drive": asdict(self.settings), **about}
             self.run.describe({**settings, "config_hash": self.state.config_hash})
+            for name, value in beside.items():
+                self.run.write_json(name, value)
             self.history = self.run.cut(self.state.step)
             if resumed:
                 where = f"{self.state.step} of {self.config.steps}"

@@ -58,7 +58,8 @@ def train_from(path: Path, resume: bool = False, say: Say = print) -> Path:
             if job.first:
                 say(line(progress))
     if job.first:
-        export(job)
+        with job.run.locked():  # who goes on with the run clears away what is half written
+            export(job)
     return job.run.path
 
 
@@ -128,6 +129,7 @@ class Job:
             gallery=self.gallery(),
             preview=preview_of(self),
             about={"file": asdict(self.file), "prompts": len(self.prompts), "begun_with": self.fixed()},
+            beside=self.beside() if self.first else {},
             processes=self.processes,
             say=self.say,
         )
@@ -140,6 +142,10 @@ class Job:
         height, width = (side * self.source.family.downscale for side in self.source.shape[1:])
         said = {"size": f"{width} x {height}", "training": "whole copies" if full else "LoRA sets"}
         return {"model": model, **said, **({} if full else sets)}
+
+    def beside(self) -> dict[str, Any]:
+        """More files for the run folder, by name, once the run's state has been loaded."""
+        return {}
 
     def check(self) -> None:
         """Before the first step: is this a teacher, and what will the run cost?"""

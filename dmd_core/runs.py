@@ -251,7 +251,8 @@ class Run:
 
     def leftovers(self) -> list[Path]:
         """What a killed process was writing aside, or had just renamed and not yet cleared away."""
-        places = (self.path, *(self.path / name for name in ("states", "snapshots", "previews", "pairs")))
+        folders = ("states", "snapshots", "previews", "pairs", "pool", "sliders", "lora", "model")
+        places = (self.path, *(self.path / name for name in folders))
         return [left for place in places for left in place.glob(".*.part")]
 
     # --- snapshots

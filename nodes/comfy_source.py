@@ -276,9 +276,8 @@ class NativeJob(Job):
         patcher = self.source.denoiser.patcher  # type: ignore[attr-defined]
         return {**super().fixed(), "LoRA on the model": patches_of(patcher)}
 
-    def check(self) -> None:
-        """Notes beside the states what exporting any snapshot takes later, without the MODEL."""
-        super().check()
+    def beside(self) -> dict[str, Any]:
+        """What exporting any snapshot takes later, without the MODEL."""
         names = [n for n, _ in self.source.net.named_modules() if n]
         found = self.recipe(f"{len(self.prompts)} prompts")
-        self.run.write_json("network.json", {"names": names, "recipe": found.to_json()})
+        return {"network.json": {"names": names, "recipe": found.to_json()}}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..dmd_core.begun import refuse_other
 from ..dmd_core.conditioning import Cond
 from ..dmd_core.objectives.slider_space import LOSSES, SliderSpace, SliderSpaceConfig, start_orthonormal
 from ..dmd_core.runs import Run, open_run
@@ -44,16 +45,16 @@ from .slider_files import MOST, SliderSet, identity
 from .slider_inputs import run_inputs, settings_of
 from .slider_run import (
     COOLDOWN,
+    NOTED,
     Lab,
     base_of,
-    check_same,
     conds,
     done,
     kept_as,
     lab,
     looking,
     make_pool,
-    note_network,
+    network_of,
     opened,
     outcome,
     show,
@@ -225,7 +226,6 @@ def carry_out(
     teacher, found_how, shape = opened(model, settings, given, lambda t, size: t.latent_shape(size, size), at)
     with run.locked(), teacher:
         here = lab(teacher, found_how, shape, settings, empty, given["clip_vision"], given["vae"], say)
-        note_network(run, here, model, settings.rank, "what the model varies in by itself")
         say(found_how.words)
         pool, seen, found = look_at(here, run, here.key(about=about), cond, settings)
         if given["name_clip"] is not None:
@@ -236,7 +236,8 @@ def carry_out(
         turns = cycle(names)
         look = looking(here, here.bench(cond), lambda: next(turns), SEEDS)
         batches = PoolBatches(pool, settings.batch, settings.seed)
-        if not train(objective, batches, config, run, kept_as(names[0], settings, given), about, look, say):
+        network = network_of(here, model, settings.rank, "what the model varies in by itself")
+        if not train(objective, batches, config, run, kept_as(names[0], settings, given), about, network, look, say):
             return False
         facts = {"prompts": about["prompts"], "training": {"steps": settings.steps}, **base_of(model)}
         plain, ends = measured(here, cond, names, seen, found, settings, facts)
@@ -375,7 +376,7 @@ class DiscoverSliders(io.ComfyNode):
         learned = ("sliders", "batch", "pool", "rank", "layers", "seed", "sample_steps", "cfg", "seeds")
         about = {"prompts": {"prompts": prompts}, "model": identity(model)} | {k: getattr(settings, k) for k in learned}
         about |= {k: given[k] for k in ("loss", "lr", "size")} | {"clip_vision": eyes_of(given["clip_vision"])}
-        check_same(run, about)
+        refuse_other(run, about, noted=NOTED)
         said: list[str] = []
         if done(run, settings.steps):
             said += relabel(run, given)

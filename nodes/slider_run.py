@@ -39,6 +39,7 @@ from .slider_eyes import Eyes, clip_eyes, own_eyes
 from .slider_files import Slider, identity
 from .students import curves_of, loss_map
 
+NOTED = "slider"  # where run.json holds what a run was begun with
 RESULT = "result.png"  # in the run folder: the strip, or the contact sheet
 SHOWN = (-1.0, 0.0, 1.0)
 COOLDOWN = 0.5  # share of the steps in which the learning rate falls to 0
@@ -242,18 +243,6 @@ def watched(bench: Bench) -> Callable[[Mapping[str, float], Sequence[int]], Tens
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def check_same(run: Run, settings: Mapping[str, Any]) -> None:
-    """A run goes on with what it was begun with; more steps are no other settings."""
-    before, now = run.settings().get("slider") or {}, json.loads(json.dumps(settings))
-    # what a run of an older version did not note cannot be compared
-    other = sorted(k for k in before if k in now and before[k] != now[k])
-    if other:
-        raise ValueError(
-            f"the run {run.name!r} was begun with another {', '.join(other)}; go on with the same, choose another run "
-            "name, or set resume to new"
-        )
-
-
 def train(
     objective: Any,
     batches: Any,
@@ -261,12 +250,15 @@ def train(
     run: Run,
     kept: DriveConfig,
     about: Mapping[str, Any],
+    network: Mapping[str, Any],
     preview: Callable[[], Image.Image] | None,
     say: Say,
 ) -> bool:
     """Bar, live strip, cancelling; False if the time was up before the last step."""
-    whole = True
-    driven = drive(objective, batches, config, run, kept, preview=preview, about={"slider": about}, say=say)
+    whole, noted = True, {NOTED: about}
+    driven = drive(
+        objective, batches, config, run, kept, preview=preview, about=noted, beside={"network.json": network}, say=say
+    )
     with live.bar_of(run, config.steps) as bar, closing(driven) as steps:
         for progress in steps:
             bar.update_absolute(progress.step, progress.total, live.picture(progress, run))
@@ -303,7 +295,7 @@ def looking(lab: Lab, bench: Bench, name: str | Callable[[], str], seeds: Sequen
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def note_network(run: Run, lab: Lab, model: Any, rank: int, prompts: str) -> None:
+def network_of(lab: Lab, model: Any, rank: int, prompts: str) -> dict[str, Any]:
     """What saving any of its sliders takes later, without the MODEL."""
     names = [n for n, _ in lab.teacher.net.named_modules() if n]
     recipe = Recipe(
@@ -315,7 +307,7 @@ def note_network(run: Run, lab: Lab, model: Any, rank: int, prompts: str) -> Non
         trained_on=prompts,
         strength_min=-1.0,
     )
-    run.write_json("network.json", {"names": names, "recipe": recipe.to_json()})
+    return {"names": names, "recipe": recipe.to_json()}
 
 
 @dataclass(frozen=True, kw_only=True)

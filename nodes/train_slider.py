@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..dmd_core.begun import refuse_other
 from ..dmd_core.conditioning import Cond
 from ..dmd_core.objectives.image_slider import ImageSlider, ImageSliderConfig, Pairs
 from ..dmd_core.objectives.sliding import count, pick
@@ -39,16 +40,16 @@ from .slider_files import SliderSet, identity
 from .slider_inputs import run_inputs, settings_of
 from .slider_run import (
     COOLDOWN,
+    NOTED,
     Lab,
     base_of,
-    check_same,
     conds,
     done,
     kept_as,
     lab,
     looking,
     make_pool,
-    note_network,
+    network_of,
     opened,
     outcome,
     show,
@@ -219,7 +220,6 @@ def carry_out(
     teacher, found, shape = opened(model, settings, given, lambda t, size: shape_of(t, task, size), at)
     with run.locked(), teacher:
         here = lab(teacher, found, shape, settings, empty, given["clip_vision"], given["vae"], say)
-        note_network(run, here, model, settings.rank, about["made_from"])
         say(found.words)
         key, bench = here.key(about=about), here.bench(task.cond)
         pool = make_pool(here, run, key, task.cond, settings.pool)
@@ -228,7 +228,8 @@ def carry_out(
         objective, batches = objective_of(here, task, settings, given, pool)
         config = TrainConfig(steps=settings.steps, seed=settings.seed, cooldown=COOLDOWN)
         look = looking(here, bench, NAME, SEEDS[:3])
-        if not train(objective, batches, config, run, kept_as(NAME, settings, given), about, look, say):
+        network = network_of(here, model, settings.rank, about["made_from"])
+        if not train(objective, batches, config, run, kept_as(NAME, settings, given), about, network, look, say):
             return False
         facts = {"kind": KINDS[about["made_from"]], "prompts": about["prompts"], **base_of(model)}
         facts["training"] = {"steps": settings.steps}
@@ -365,7 +366,7 @@ class TrainSlider(io.ComfyNode):
         images = {name: given.get(name) for name in LEVELS}
         task, empty = task_of(made_from, clip, given["vae"], images), conds(clip, [""])
         about = about_of(model, made_from, settings, given, task)
-        check_same(run, about)
+        refuse_other(run, about, noted=NOTED)
         said: list[str] = []
         at = graph_of(cls.hidden)
         if done(run, settings.steps) or carry_out(model, task, empty, settings, given, run, about, said, at):

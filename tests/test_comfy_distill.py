@@ -377,6 +377,23 @@ else:
             Distill.execute(**given | {"updates": 3, "model": shifted})
         assert noted.read_bytes() == before
 
+    def test_what_saving_reads_is_written_once_the_state_has_been_loaded(place):
+        given = inputs("flux", updates=2)
+        Distill.execute(**given)
+        run = place / "output" / "dmd" / "run"
+        more = given | {"prompts": given["prompts"] * 2, "updates": 3}
+        states = {p: p.read_bytes() for p in (run / "states").iterdir()}
+        before = {name: (run / name).read_bytes() for name in ("network.json", "run.json")}
+        for path in states:
+            path.write_bytes(b"damaged")
+        with pytest.raises(ValueError, match="none of the"):
+            Distill.execute(**more)
+        assert {name: (run / name).read_bytes() for name in before} == before
+        for path, content in states.items():
+            path.write_bytes(content)
+        Distill.execute(**more)  # control
+        assert all((run / name).read_bytes() != content for name, content in before.items())
+
     @pytest.mark.parametrize(("label", "judge"), [("DMD2", "critic"), ("LADD", "discriminator"), ("Reflow", "")])
     def test_student_and_critic_accumulate_apart(place, label, judge):
         def options(**changes):

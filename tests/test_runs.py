@@ -477,10 +477,11 @@ def test_what_a_killed_run_left_beside_its_files_is_cleared_when_it_goes_on(tmp_
     for name in (f"states/.{newest.name}.part/part", "snapshots/.step_00000012.part/sheet.png", pair):
         (run.path / name).parent.mkdir(parents=True)
         (run.path / name).touch()
-    for name in (".report.txt.part", "previews/.latest.png.part"):
+    files = (".report.txt.part", "previews/.latest.png.part", "lora/.r_00001.safetensors.77.part")
+    for name in (*files, "model/.r_00001.safetensors.77.part", "sliders/.01.safetensors.part"):
         (run.path / name).parent.mkdir(parents=True, exist_ok=True)
         (run.path / name).touch()
-    assert len(run.leftovers()) == 5
+    assert len(run.leftovers()) == 8
     run.cut(9)
     assert newest.read_bytes() == kept
     assert not list(run.path.rglob("*.part"))

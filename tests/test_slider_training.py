@@ -228,9 +228,9 @@ else:
         assert not same(more[1], first[1])
         # a run is not silently continued with something else
         words = slider_host.WORDS | {"positive": "an old dog"}
-        with pytest.raises(ValueError, match="begun with another prompts"):
+        with pytest.raises(ValueError, match="begun with other prompts"):
             execute(**given | {"made_from": words, "steps": 9})
-        with pytest.raises(ValueError, match="begun with another rank"):
+        with pytest.raises(ValueError, match=r"begun with another rank \(2, this is \d+\)"):
             execute(**given | {"rank": 1})
         assert execute(**given | {"made_from": words, "resume": "new"})[5] == "run_2"
 
@@ -240,7 +240,7 @@ else:
         for kind, given in node.items():
             execute(kind, **given)
             for other in ({"seeds": 5}, {"pool": 17}, {"clip_vision": tiny_vision(), "vae": TinyVAE(16)}):
-                with pytest.raises(ValueError, match=f"begun with another {next(iter(other))}"):
+                with pytest.raises(ValueError, match=f"begun with (an)?other {next(iter(other))}"):
                     execute(kind, **given | other)
             assert execute(kind, **given | {"preview_every": 7, "at_once": 3})[0]  # what decides nothing
         one, two = tiny_vision(), tiny_vision()
@@ -259,7 +259,7 @@ else:
         assert seen[0] is None
         assert len(seen[1]) == 2  # the levels of its pictures
         assert not same(cached.tensors, walked.tensors)
-        with pytest.raises(ValueError, match="begun with another on_policy"):
+        with pytest.raises(ValueError, match=r"another on_policy \(False, this is True\)"):
             execute(**given | {"on_policy": True})
 
     def test_time_runs_out_and_the_queue_is_free():
@@ -288,7 +288,7 @@ else:
         assert sliders[0].card.kind == "image pairs"
         assert {k for k in loss if "level" in k} == {"slider/level +1", "slider/level +0.5", "slider/level -1"}
         # other pictures are another run
-        with pytest.raises(ValueError, match="begun with another pictures"):
+        with pytest.raises(ValueError, match="begun with other pictures"):
             execute(**pairs())
 
     def test_erasing_trains_one_pole():
