@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_headless import world, write
 from test_layouts import BACK, NETS
 
-from dmd_core import copies, headless, shapes
+from dmd_core import copies, drive, headless, shapes
 from dmd_core.families import by_name
 from dmd_core.plan import size
 from dmd_core.processes import ALONE
@@ -116,19 +116,34 @@ def test_a_run_of_copies_goes_on_to_the_same_bits(world):
         headless.train_from(path, resume=True, **QUIET)
 
 
-def test_the_plan_says_what_states_and_snapshots_take(world):
+def test_the_plan_says_what_states_and_snapshots_take(world, monkeypatch):
+    """At most: while one more of each is written, with a best snapshot that is older than those that are kept."""
     path = full(world, more="critic_updates = 1", steps=5)
     path.write_text(
         path.read_text().replace("save_every = 2", "save_every = 1\nkeep = 2\nsnapshot_every = 1\nkeep_snapshots = 2")
     )
     job = headless.prepare(path, False, lambda s: None)
-    made, most = job.plan(), 0
-    for _ in job.drive():
-        most = max(most, sum(p.stat().st_size for p in job.run.path.glob("s*/**/*.safetensors")))
+    made, most = job.plan(), {"states": 0, "snapshots": 0}
+    monkeypatch.setattr(drive, "best_snapshot", lambda run: next(iter(run.snapshots()), None))
+
+    def watch(kind):
+        find = getattr(Run, kind)
+
+        def found(run):
+            paths = find(run)
+            most[kind] = max(most[kind], len(paths))
+            return paths
+
+        monkeypatch.setattr(Run, kind, found)
+
+    watch("states")
+    watch("snapshots")
+    assert list(job.drive())
     state, snapshot = job.run.states()[0], job.run.snapshots()[-1] / "student.safetensors"
     assert state.stat().st_size == pytest.approx(made.state, rel=0.03)  # its header has a name for every tensor
     assert snapshot.stat().st_size == pytest.approx(made.snapshot, rel=0.03)
-    assert 0.5 * made.disk < most < made.disk
+    assert made.disk == most["states"] * made.state + most["snapshots"] * made.snapshot
+    assert most == {"states": 3, "snapshots": 4}
     assert f"a saved state takes {size(made.state)} of disk" in made.words()
     assert f"a snapshot {size(made.snapshot)}, all of them up to {size(made.disk)} " in made.words()
 
