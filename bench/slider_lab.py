@@ -11,7 +11,7 @@ from torch import Tensor
 from dmd_core import demo, families, shapes
 from dmd_core.adapters import Adapted, AdapterBank
 from dmd_core.objectives.slider_space import SliderSpace, SliderSpaceConfig
-from dmd_core.objectives.sliding import pick
+from dmd_core.objectives.sliding import count, pick
 from dmd_core.objectives.text_slider import SliderPrompts, TextSlider, TextSliderConfig, Words
 from dmd_core.shapes import world as facts
 from dmd_core.sliders import (
@@ -37,21 +37,50 @@ from dmd_core.sliders.settings import DiscoverySettings, SliderSettings
 from dmd_core.train import TrainConfig, train
 from dmd_core.weights.lora import load_lora
 
-# what the graphs "Shapes - a slider from words" and "Shapes - discover sliders" say
-WORDS = SliderSettings(steps=120, batch=8, rank=4, pool=96, seeds=24, sample_steps=8, cfg=2.0, at_once=24)
-FOUND = DiscoverySettings(steps=100, batch=4, rank=1, pool=1024, seeds=12, sliders=8, at_once=32)
-LR, COOLDOWN, LEVEL = 1e-3, 0.5, 0.15
+# as in the graphs "Shapes - a slider from words" and "Shapes - discover sliders", with more steps and pictures
+WORDS = SliderSettings(steps=200, batch=8, rank=4, pool=224, seeds=28, sample_steps=8, cfg=2.0, at_once=24)
+FOUND = DiscoverySettings(steps=100, batch=4, rank=4, pool=4096, seeds=20, sliders=8, at_once=32)
+LR, ETA, COOLDOWN, LEVEL = 1e-3, 2.0, 0.5, 0.15
 TOPIC = "a blue square"
 # neither trained nor calibrated on. The world flips between two sides: with 16 pictures the standard error of a drift
 # is 0.1, the bound itself
-HELD_OUT = range(7_000_000, 7_000_064)
+HELD_OUT = range(7_000_000, 7_000_160)
+MANY = range(7_000_000, 7_000_256)
 # circles and rings show no angle, so what the recogniser says about theirs means nothing
 THINGS = ("red cross", "blue square", "green star", "yellow triangle", "purple cross", "cyan star", "orange square")
+
+
+def among(*sentences: str) -> tuple[str, ...]:
+    """What a slider shall not move is fixed in the prompts that it learns from: four ways, in which every pair of two
+    such things comes as often as any other."""
+    return tuple(s.format(thing) for thing in THINGS for s in sentences)
+
+
 PROMPTS = {
-    "radius": SliderPrompts(neutral="a {}", positive="a large {}", negative="a small {}", attributes=THINGS),
-    "x": SliderPrompts(neutral="a {}", positive="a {} right", negative="a {} left", attributes=THINGS),
-    "y": SliderPrompts(neutral="a {}", positive="a {} bottom", negative="a {} top", attributes=THINGS),
+    "radius": SliderPrompts(
+        neutral="a {}",
+        positive="a large {}",
+        negative="a small {}",
+        attributes=among(
+            "{} top left on dark", "{} top right on light", "{} bottom left on light", "{} bottom right on dark"
+        ),
+    ),
+    "x": SliderPrompts(
+        neutral="a {} {}",
+        positive="a {} right {}",
+        negative="a {} left {}",
+        attributes=among(
+            "small {} top|on dark", "large {} top|on light", "small {} bottom|on light", "large {} bottom|on dark"
+        ),
+    ),
+    "y": SliderPrompts(
+        neutral="a {} {}",
+        positive="a {} bottom {}",
+        negative="a {} top {}",
+        attributes=among("small {}|on dark", "large {}|on dark", "small {}|on light", "large {}|on light"),
+    ),
 }
+ENDS = {"radius": ("a small {}", "a large {}"), "x": ("a {} left", "a {} right"), "y": ("a {} top", "a {} bottom")}
 # a factor's whole range, as the world draws it: 1 is from one extreme to the other
 SPAN = {
     "radius": facts.RADIUS[1] - facts.RADIUS[0],
@@ -76,6 +105,7 @@ class Lab:
         self.student = replace(self.teacher, scales={"student": 1.0})
         self.empty = self.world.encode([""])
         self.words = {f: p.encode(self.world.encode) for f, p in PROMPTS.items()}
+        self.plain = self.world.encode([f"a {thing}" for thing in THINGS])
         own = ["joint_blocks.1.x_block.mlp"]  # the node's choice: the middle of the layers that the family is judged in
         self.embed = own_features(self.teacher, self.world.net, own, self.empty, LEVEL)
 
@@ -87,8 +117,10 @@ class Lab:
     def few(self) -> Sampling:
         return Sampling(shape=demo.LATENT, sigmas=demo.levels(4)[:-1], gamma=1.0, batch=FOUND.at_once)
 
-    def bench(self, steps: int = WORDS.sample_steps, **changes: float) -> Bench:
-        return Bench(self.teacher, self.sampling(steps), self.words["x"].neutral, self.embed, **changes)
+    def bench(self, steps: int = WORDS.sample_steps, factor: str = "", **changes: float) -> Bench:
+        """Pictures of the prompts that the slider `factor` learns from; none: of things and nothing else said."""
+        cond = self.words[factor].neutral if factor else self.plain
+        return Bench(self.teacher, self.sampling(steps), cond, self.embed, **changes)
 
     def read(self, latents: Tensor) -> dict[str, Tensor]:
         """Continuous factors in shares of their span. [n] each"""
@@ -97,31 +129,33 @@ class Lab:
 
     # --- from words ---
 
-    @cached_property
-    def pool(self) -> Pool:
-        bench = self.bench()
+    def pool(self, factor: str) -> Pool:
+        bench = self.bench(factor=factor)
         return Pool.join(list(draw_pool(bench.model, bench.sampling, bench.cond, WORDS.pool)))
 
-    def axis(self, factor: str) -> Axis:
+    def axis(self, factor: str, pool: Pool) -> Axis:
         """As Train Slider finds it: half as many pairs of the ends as there are pictures in the pool."""
         seeds, sampling = range(WORDS.pool // 2), self.sampling(WORDS.sample_steps)
-        index = torch.arange(len(seeds)) % len(THINGS)
-        ends = (pick(c, index) for c in (self.words[factor].positive, self.words[factor].negative))
+        words = self.words[factor]
+        index = torch.arange(len(seeds)) % count(words.positive)
+        ends = (pick(c, index) for c in (words.positive, words.negative))
         plus, minus = (embedded(self.embed, sampling(self.teacher, e, seeds), 32) for e in ends)
-        return axis_between(plus, minus, embedded(self.embed, self.pool.latents, 32))
+        return axis_between(plus, minus, embedded(self.embed, pool.latents, 32))
 
-    def fit(self, name: str, words: Words, seed: int) -> None:
+    def fit(self, name: str, words: Words, pool: Pool, seed: int) -> None:
         self.bank.new(name, WORDS.rank, torch.Generator().manual_seed(seed))
-        objective = TextSlider(self.teacher, name, words, TextSliderConfig(lr=LR))
-        batches = PoolBatches(self.pool, WORDS.batch, seed)
+        objective = TextSlider(self.teacher, name, words, TextSliderConfig(lr=LR, eta=ETA))
+        batches = PoolBatches(pool, WORDS.batch, seed)
         for _ in train(objective, batches, TrainConfig(steps=WORDS.steps, seed=seed, cooldown=COOLDOWN)):
             pass
 
     def made(self, factor: str, seed: int) -> tuple[Axis, Calibration]:
         """The slider `factor` of the bank: trained, calibrated and baked."""
-        self.fit(factor, self.words[factor], seed)
-        axis = self.axis(factor)
-        found = calibrate(self.bench(), factor, axis, CalibrationConfig(seeds=WORDS.seeds, held_out=WORDS.seeds))
+        pool = self.pool(factor)
+        self.fit(factor, self.words[factor], pool, seed)
+        axis = self.axis(factor, pool)
+        limits = CalibrationConfig(seeds=WORDS.seeds, held_out=WORDS.seeds)
+        found = calibrate(self.bench(factor=factor), factor, axis, limits)
         bake(self.bank, factor, found.unit)
         return axis, found
 
@@ -183,8 +217,8 @@ class Lab:
     def between(self, factor: str) -> dict[str, Tensor]:
         """What goes along where the prompt changes from one end to the other, same seeds, no slider. [seeds] each"""
         sampling, index = self.sampling(WORDS.sample_steps), torch.tensor(HELD_OUT) % len(THINGS)
-        ends = (pick(c, index) for c in (self.words[factor].negative, self.words[factor].positive))
-        low, high = (self.read(sampling(self.teacher, e, HELD_OUT)) for e in ends)
+        ends = (self.world.encode([end.format(thing) for thing in THINGS]) for end in ENDS[factor])
+        low, high = (self.read(sampling(self.teacher, pick(c, index), HELD_OUT)) for c in ends)
         return {k: high[k] - low[k] for k in SPAN}
 
     def random_like(self, name: str, other: str, seed: int = 6) -> None:

@@ -12,16 +12,17 @@ from torch import Tensor
 from dmd_core import demo, metrics, shapes
 from dmd_core.objectives.sliding import at
 from dmd_core.objectives.text_slider import Words
-from dmd_core.sliders import Axis, Calibration, random_strengths
+from dmd_core.sliders import Axis, Bench, Calibration, random_strengths
 from dmd_core.sliders.directions import MAIN
 
 from .record import Table
-from .slider_lab import FOUND, HELD_OUT, PROMPTS, SPAN, TOPIC, WORDS, Lab, cards
+from .slider_lab import ETA, FOUND, HELD_OUT, MANY, PROMPTS, SPAN, TOPIC, WORDS, Lab, cards
 
 SEEDS = (0, 1, 2)  # of training
 START = 0.875  # the noise level where start 0.3 begins (shift 3)
 DIGITS = 3  # of the table's figures
 PLAIN = "the prompts themselves"
+RANKED = 48  # pictures at 40 steps whose ranks are taken
 SHARE = 0.25  # of the usable range, for random strengths: eight at once leave the prompt at half of it
 MINUTES = "processor time of discovery over five minutes"
 Figures = dict[tuple[str, str], float]  # (what, of which slider) -> figure
@@ -87,16 +88,21 @@ def by_prompts(here: Lab) -> Figures:
 
 def from_words(here: Lab, made: Mapping[str, Made]) -> Figures:
     found: Figures = {}
-    base = here.bench()({}, HELD_OUT)
     for factor, (axis, calibration) in made.items():
-        plus, minus = (axis.along(here.bench()({factor: s}, HELD_OUT) - base).mean().item() for s in (1.0, -1.0))
-        found |= {("+1, in sd", factor): plus, ("-1 over +1", factor): -minus / plus}
+        found |= ones(here.bench(factor=factor), factor, axis, factor)
         found |= {("usable from", factor): calibration.usable[0], ("usable to", factor): calibration.usable[1]}
-        for steps, ranked in ((WORDS.sample_steps, None), (4, None), (40, 24)):
+        for steps, ranked in ((WORDS.sample_steps, None), (4, None), (40, RANKED)):
             judged = here.judged(factor, factor, calibration.usable, here.bench(steps), ranked)
             found |= named(judged, factor, f", {steps} steps")
     found["additivity error of three at 0.5", "all"] = added(here)
     return found | late(here, made, found)
+
+
+def ones(bench: Bench, name: str, axis: Axis, of: str) -> Figures:
+    """Both ends of the unit, of the prompts that it was found with, on many pictures that it was not found on."""
+    base = bench({}, MANY)
+    plus, minus = (axis.along(bench({name: s}, MANY) - base).mean().item() for s in (1.0, -1.0))
+    return {("+1, in sd", of): plus, ("-1 over +1", of): -minus / plus}
 
 
 def named(judged: Mapping[str, float], factor: str, suffix: str = "") -> Figures:
@@ -133,8 +139,9 @@ def controls(here: Lab, factor: str, made: Made, real: float) -> Figures:
     """What must fail, at the unit and the range of a real slider."""
     _, calibration = made
     words, bench = here.words[factor], here.bench()
-    here.fit("same", replace(words, negative=words.positive), 0)
-    here.fit("swapped", Words(words.neutral, words.negative, words.positive), 0)
+    pool = here.pool(factor)
+    here.fit("same", replace(words, negative=words.positive), pool, 0)
+    here.fit("swapped", Words(words.neutral, words.negative, words.positive), pool, 0)
     here.bank.new("untrained", WORDS.rank, torch.Generator().manual_seed(5))
     here.random_like("random", factor)
     for adapter in here.bank.sets["swapped"].values():
@@ -155,7 +162,6 @@ def discovered(here: Lab, seed: int) -> Figures:
     made, (_, _, directions) = here.discovered(seed), here.topic_pool
     found: Figures = {(MINUTES, f"{len(made)} sliders"): (time.process_time() - began) / 300}
     bench = here.topic_bench()
-    base = bench({}, HELD_OUT)
     ranks = dict.fromkeys(SPAN, 0.0)
     for i, (name, (axis, calibration)) in enumerate(made.items()):
         _, seen = here.sweep(name, calibration.usable, bench)
@@ -163,12 +169,11 @@ def discovered(here: Lab, seed: int) -> Figures:
             ranks[factor] = max(ranks[factor], abs(here.rank(calibration.usable, values)))
         if directions.explained[i] < MAIN:
             continue
-        plus, minus = (axis.along(bench({name: s}, HELD_OUT) - base).mean().item() for s in (1.0, -1.0))
         of = f"direction {i + 1} ({directions.explained[i]:.0%})"
         found |= {("split-half |cos|", of): directions.stability[i].item()}
         if calibration.monotony is not None:  # else the usable range is too small to tell
             found |= {("rank correlation per picture, own direction", of): calibration.monotony}
-        found |= {("+1, in sd", of): plus, ("-1 over +1", of): -minus / plus}
+        found |= ones(bench, name, axis, of)
     best = "best rank correlation of any direction"
     return found | {(best, factor): rank for factor, rank in ranks.items()} | diversity(here, made, seed == SEEDS[0])
 
@@ -228,16 +233,19 @@ def table(found: Iterable[Figures]) -> Table:
         "drifts are shares of a factor's whole range, from end to end of a slider's usable range, as the frozen "
         "recogniser reads them, which took no part in training or calibration",
         seed="0 to 2",
-        settings={f"words {k}": v for k, v in chosen(WORDS).items()}
+        settings={f"words {k}": v for k, v in (chosen(WORDS) | {"eta": ETA}).items()}
         | {f"discovery {k}": v for k, v in chosen(FOUND).items()},
         rows=rows_of(found),
         notes=[
-            "rank correlation per picture: Spearman of five strengths over the usable range, mean over 64 pictures (24 "
-            "at 40 steps) that neither training nor calibration saw. Ranges and drifts: means over 64.",
+            "rank correlation per picture: Spearman of five strengths over the usable range, mean over "
+            f"{len(HELD_OUT)} pictures ({RANKED} at 40 steps). Ranges and drifts: means over {len(HELD_OUT)}. "
+            "Neither training nor calibration saw them; their prompts are plain ('a red cross'). +1 and -1: "
+            f"{len(MANY)} pictures of the prompts of training.",
+            "Prompts of training: 'a large red cross top left on dark' against 'a small ...', 'a small red cross top "
+            "right on dark' against '... left ...': what the slider shall not move is fixed in them, four ways.",
             f"{PLAIN}: 'a ... left' against 'a ... right' and so on under the same seeds, without a slider, at "
             f"{WORDS.sample_steps} steps.",
-            f"random strengths: all sliders at once, each within {SHARE:g} of its usable range. Within 0.5, which "
-            "was taken first, the distance is 50.5 and 0.53 of the prompts are right.",
+            f"random strengths: all sliders at once, each within {SHARE:g} of its usable range.",
             "The world has two sizes and two sides, nothing between: a picture that is already large has no way to go.",
         ],
     )

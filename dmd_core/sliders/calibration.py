@@ -124,7 +124,7 @@ class CalibrationConfig:
     multiples: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     most: float = 16.0  # largest raw strength that is tried
     max_drift: float = 1.0  # standard deviations of any other direction, inside the usable range
-    rise: float = 0.1  # the response must still grow by this share of its growth around 0
+    rise: float = 0.05  # both ends must still draw apart by this share of their growth around 0
     nothing: float = 0.05  # standard deviations at the best strength: less is no effect
 
 
@@ -210,21 +210,27 @@ def find_unit(
 
 
 def usable_range(points: Sequence[Point], config: CalibrationConfig) -> tuple[float, float]:
-    """How far from 0 the response keeps rising and nothing else moves too much."""
-    by = {p.strength: p for p in points}
-    near = min(s for s in by if s > 0)
-    slope = (by[near].response - by[-near].response) / (2 * near)
+    """How far from 0 both ends still draw apart and nothing else moves too much.
 
-    def reach(strengths: list[float]) -> float:
+    Growth is asked of both ends together, for one may flip sooner than the other: on the shapes world ranges that ended
+    where their own side stopped growing were lopsided, and what moves alike at both ends (size, of a slider for height)
+    no longer cancelled. A side that does nothing at all is not usable.
+    """
+    by = {p.strength: p for p in points}
+    strengths = sorted(s for s in by if s > 0)
+    both = {0.0: 0.0} | {s: (by[s].response - by[-s].response) / 2 for s in strengths}
+    enough = config.rise * both[strengths[0]] / strengths[0]
+
+    def reach(sign: float) -> float:
         last = 0.0
         for s in strengths:
-            rises = (by[s].response - by[last].response) / (s - last) >= config.rise * slope
-            if slope <= 0 or not rises or by[s].drift > config.max_drift:
+            grows = (both[s] - both[last]) / (s - last) >= enough and sign * by[sign * s].response / s >= enough
+            if enough <= 0 or not grows or by[sign * s].drift > config.max_drift:
                 break
             last = s
-        return last
+        return sign * last
 
-    return reach(sorted((s for s in by if s < 0), reverse=True)), reach(sorted(s for s in by if s > 0))
+    return reach(-1.0), reach(1.0)
 
 
 def verdict(reached: float, points: Sequence[Point], usable: tuple[float, float], config: CalibrationConfig) -> str:
