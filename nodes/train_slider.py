@@ -280,7 +280,8 @@ class TrainSlider(io.ComfyNode):
                             "attributes",
                             default="",
                             tooltip="Words with commas that shall not decide anything, such as male, female. Each "
-                            "makes its own set of prompts: at {} where a prompt has it, else in front.",
+                            "makes its own set of prompts: at {} where a prompt has it, else in front. Parts divided "
+                            "by | fill several {} in turn.",
                         ),
                         keep,
                     ],

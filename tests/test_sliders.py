@@ -208,7 +208,7 @@ def test_attributes_make_rows():
     assert placed.rows()[1] == ["a large cat", "a large dog"]
     parts = SliderPrompts(neutral="a {} {}", positive="a {} left {}", negative="{} {}", attributes=("cat|on dark",))
     assert parts.rows() == (["a cat on dark"], ["a cat left on dark"], ["cat on dark"])
-    with pytest.raises(ValueError, match="2 parts and the prompt 'a cat {}' has 1 places"):
+    with pytest.raises(ValueError, match=r"2 parts and the prompt 'a cat \{\}' has 1 places"):
         SliderPrompts(neutral="a cat {}", positive="a", negative="b", attributes=("large|on dark",)).rows()
 
 
@@ -395,13 +395,20 @@ def test_one_standard_deviation_is_found_however_soon_the_response_saturates(mos
 
 
 def test_a_saturating_slider_has_the_range_in_which_it_still_rises():
-    # 1.5 sd at most (sd is 2); 1 sd at s = .5; from 2 to 3 it grows by 0.07 of what it does around 0
-    wide = CalibrationConfig(multiples=(0.5, 1.0, 2.0, 3.0))
+    # 1.5 sd at most (sd is 2); 1 sd at s = .5; from 3 to 4 it grows by 0.02 of what it does around 0
+    wide = CalibrationConfig(multiples=(0.5, 1.0, 2.0, 3.0, 4.0))
     found = calibrate(responding(lambda s: 3 * torch.tanh(1.609 * s)), "s", AXIS, wide)
     assert found.unit == pytest.approx(0.5, rel=0.05)
-    assert found.usable == (-2.0, 2.0)
+    assert found.usable == (-3.0, 3.0)
     linear = calibrate(responding(lambda s: 4 * s), "s", AXIS, wide)
-    assert linear.usable == (-3.0, 3.0)
+    assert linear.usable == (-4.0, 4.0)
+
+
+def test_a_range_is_as_long_on_both_sides_though_one_is_through_sooner_and_a_dead_side_has_none():
+    sooner = responding(lambda s: torch.where(s > 0, 2 * torch.tanh(4 * s), 2 * s))
+    assert calibrate(sooner, "s", AXIS, CalibrationConfig()).usable == (-2.0, 2.0)
+    dead = responding(lambda s: 2 * s.clamp_min(0))
+    assert calibrate(dead, "s", AXIS, CalibrationConfig()).usable == (0.0, 2.0)
 
 
 def test_the_range_ends_where_something_else_moves():

@@ -43,18 +43,18 @@ def still_holds(bench, found: dict[tuple[str, str], float]) -> int:
 
 
 def test_a_short_training_already_makes_a_size_slider_and_an_untrained_one_does_nothing(shapes_bench, monkeypatch):
-    """The table's bound of the range, at half its steps and half its pool, and without calibration.
+    """The table's bounds of range and rank, at a third of its steps, a quarter of its pool, and without calibration.
 
-    Its 0.95 for the rank does not hold here: 0.92 to 0.94 with training seeds 0 to 2; range 0.78 to 0.83.
+    With training seeds 0 to 2: rank 0.969 each, range 0.67 to 0.77.
     """
     lab = importlib.import_module("bench.slider_lab")
-    monkeypatch.setattr(lab, "WORDS", replace(lab.WORDS, steps=60, pool=48))
+    monkeypatch.setattr(lab, "WORDS", replace(lab.WORDS, steps=60, pool=56))
     monkeypatch.setattr(lab, "HELD_OUT", lab.HELD_OUT[:16])
     here = lab.Lab()
-    here.fit("radius", here.words["radius"], 0)
+    here.fit("radius", here.words["radius"], here.pool("radius"), 0)
     here.bank.new("untrained", lab.WORDS.rank, torch.Generator().manual_seed(5))
-    trained, control = (here.judged(n, "radius", (-1.0, 1.0), here.bench(4)) for n in ("radius", "untrained"))
-    assert trained["rank"] >= 0.9
+    trained, control = (here.judged(n, "radius", (-0.5, 0.5), here.bench(4)) for n in ("radius", "untrained"))
+    assert trained["rank"] >= 0.95
     assert trained["range"] >= 0.6
     assert control["rank"] == 0
     assert abs(control["range"]) < 0.05
