@@ -37,10 +37,10 @@ from dmd_core.sliders.settings import DiscoverySettings, SliderSettings
 from dmd_core.train import TrainConfig, train
 from dmd_core.weights.lora import load_lora
 
-# as in the graphs "Shapes - a slider from words" and "Shapes - discover sliders", with more steps and pictures
+# more pictures, steps, rank and eta than in the graphs "Shapes - a slider from words" and "Shapes - discover sliders"
 WORDS = SliderSettings(steps=200, batch=8, rank=4, pool=224, seeds=28, sample_steps=8, cfg=2.0, at_once=24)
-FOUND = DiscoverySettings(steps=100, batch=4, rank=4, pool=4096, seeds=20, sliders=8, at_once=32)
-LR, ETA, COOLDOWN, LEVEL = 1e-3, 2.0, 0.5, 0.15
+FOUND = DiscoverySettings(steps=100, batch=4, rank=4, pool=4096, seeds=16, sliders=8, at_once=32)
+LR, ETA, COOLDOWN, LEVEL = 1e-3, 4.0, 0.5, 0.15
 TOPIC = "a blue square"
 # neither trained nor calibrated on. The world flips between two sides: with 16 pictures the standard error of a drift
 # is 0.1, the bound itself
@@ -52,7 +52,8 @@ THINGS = ("red cross", "blue square", "green star", "yellow triangle", "purple c
 
 def among(*sentences: str) -> tuple[str, ...]:
     """What a slider shall not move is fixed in the prompts that it learns from: four ways, in which every pair of two
-    such things comes as often as any other."""
+    such things comes as often as any other. But for the side of the slider for height: with it said too, most things
+    lie low, and the two ends are no longer alike."""
     return tuple(s.format(thing) for thing in THINGS for s in sentences)
 
 

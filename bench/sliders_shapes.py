@@ -229,7 +229,8 @@ def table(found: Iterable[Figures]) -> Table:
     return Table(
         "sliders_shapes",
         "Sliders on the shapes world",
-        "sliders made as the nodes make them on the embedded world, median over three training seeds. Ranges and "
+        "sliders made by the nodes' functions, with the settings below, on the embedded world: median over three "
+        "training seeds. Ranges and "
         "drifts are shares of a factor's whole range, from end to end of a slider's usable range, as the frozen "
         "recogniser reads them, which took no part in training or calibration",
         seed="0 to 2",

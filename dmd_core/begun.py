@@ -23,7 +23,7 @@ def refuse_other(
     written = differing(dict(flat(then)), dict(flat(plain(file or {}))))
     if "steps" in written:
         written.pop("sigmas", None)  # they follow from the steps
-    if changes := [c for name, values in (other | written).items() if (c := named_change(name, *values))]:
+    if changes := [c for name, values in [*other.items(), *written.items()] if (c := named_change(name, *values))]:
         raise ValueError(
             f"the run {run.name!r} was begun with {', '.join(changes)}; go on with the same, choose another run name, "
             "or begin a new run (resume: new)"
@@ -55,7 +55,8 @@ def named_change(name: str, before: Any, now: Any) -> str:
     """In words; empty where a model has another name but the same weights."""
     if not (name == "model" and isinstance(before, Mapping)):
         values = f" ({before}, this is {now})"
-        return f"{'other' if name.endswith('s') else 'another'} {name}{values if len(values) < LONG else ''}"
+        several = name.endswith("s") and not name.endswith("ss")
+        return f"{'other' if several else 'another'} {name}{values if len(values) < LONG else ''}"
     if before["hash"] == now["hash"]:
         return ""
     this = f"this is {now['name']}" if before["name"] != now["name"] else "of other weights than this one"

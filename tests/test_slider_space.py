@@ -22,6 +22,7 @@ from dmd_core.sliders import (
     axis_along,
     bake,
     calibrate,
+    directions,
     draw_pool,
     embedded,
     find_directions,
@@ -112,6 +113,19 @@ def test_causes_that_come_in_kinds_are_told_apart_where_variances_cannot():
     assert found.stability.min() > 0.98
     torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(2), rtol=0, atol=1e-5)
     torch.testing.assert_close(found.project(features).std(0), torch.ones(2), rtol=1e-3, atol=0)
+
+
+def test_halves_may_be_compared_in_the_first_coordinates_of_the_pool(monkeypatch):
+    """The control keeps so few that an unstable direction looks stable."""
+    spectrum = torch.tensor([1.0, 0.97, 0.6, 0.4] + [0.3 * 0.8**i for i in range(36)])
+    features = torch.randn(200, 40, generator=generator(4)) * spectrum
+    whole = find_directions(features, 4, generator()).stability
+    far = {}
+    for kept in (24, 4):
+        monkeypatch.setattr(directions, "KEPT", kept)
+        far[kept] = float((find_directions(features, 4, generator()).stability - whole).abs().max())
+    assert far[24] < 0.002
+    assert far[4] > 0.02
 
 
 def test_only_main_directions_of_like_variance_are_turned():

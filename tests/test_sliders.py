@@ -35,6 +35,7 @@ from dmd_core.sliders import (
     variations,
 )
 from dmd_core.sliders.calibration import find_unit, per_seed_spearman, ranked
+from dmd_core.sliders.card import describe
 from dmd_core.sliders.card import words as words_of
 
 D = 6
@@ -208,7 +209,7 @@ def test_attributes_make_rows():
     assert placed.rows()[1] == ["a large cat", "a large dog"]
     parts = SliderPrompts(neutral="a {} {}", positive="a {} left {}", negative="{} {}", attributes=("cat|on dark",))
     assert parts.rows() == (["a cat on dark"], ["a cat left on dark"], ["cat on dark"])
-    with pytest.raises(ValueError, match=r"2 parts and the prompt 'a cat \{\}' has 1 places"):
+    with pytest.raises(ValueError, match=r"2 parts and the prompt 'a cat \{\}' has room for 1"):
         SliderPrompts(neutral="a cat {}", positive="a", negative="b", attributes=("large|on dark",)).rows()
 
 
@@ -407,8 +408,16 @@ def test_a_saturating_slider_has_the_range_in_which_it_still_rises():
 def test_a_range_is_as_long_on_both_sides_though_one_is_through_sooner_and_a_dead_side_has_none():
     sooner = responding(lambda s: torch.where(s > 0, 2 * torch.tanh(4 * s), 2 * s))
     assert calibrate(sooner, "s", AXIS, CalibrationConfig()).usable == (-2.0, 2.0)
-    dead = responding(lambda s: 2 * s.clamp_min(0))
-    assert calibrate(dead, "s", AXIS, CalibrationConfig()).usable == (0.0, 2.0)
+    dead = calibrate(responding(lambda s: 2 * s.clamp_min(0)), "s", AXIS, CalibrationConfig())
+    assert describe(dead.usable) == "+0 to +2"
+    assert dead.verdict == "one way"
+
+
+def test_a_side_that_falls_ends_its_own_range_and_leaves_the_other_alone():
+    def bent(s):  # rises to half a standard deviation, then goes back
+        return torch.where(s > 0.5, 2 * (1 - s).clamp_min(-1), 2 * s)
+
+    assert calibrate(responding(bent), "s", AXIS, CalibrationConfig()).usable == (-2.0, 0.5)
 
 
 def test_the_range_ends_where_something_else_moves():

@@ -70,7 +70,7 @@ def _with(attribute: str, prompt: str) -> str:
         text = "".join(t for pair in zip(between, [*parts, ""], strict=True) for t in pair)
     else:
         raise ValueError(
-            f"the attribute {attribute!r} has {len(parts)} parts and the prompt {prompt!r} has {gaps} places for them; "
+            f"the attribute {attribute!r} has {len(parts)} parts and the prompt {prompt!r} has room for {gaps}; "
             "give every prompt as many {} as there are parts, or an attribute of one part"
         )
     return " ".join(text.split())

@@ -124,7 +124,7 @@ class CalibrationConfig:
     multiples: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     most: float = 16.0  # largest raw strength that is tried
     max_drift: float = 1.0  # standard deviations of any other direction, inside the usable range
-    rise: float = 0.05  # both ends must still draw apart by this share of their growth around 0
+    rise: float = 0.05  # each step must still bring this share of the growth around 0
     nothing: float = 0.05  # standard deviations at the best strength: less is no effect
 
 
@@ -210,11 +210,11 @@ def find_unit(
 
 
 def usable_range(points: Sequence[Point], config: CalibrationConfig) -> tuple[float, float]:
-    """How far from 0 both ends still draw apart and nothing else moves too much.
+    """How far from 0 a side still grows and nothing else moves too much.
 
-    Growth is asked of both ends together, for one may flip sooner than the other: on the shapes world ranges that ended
-    where their own side stopped growing were lopsided, and what moves alike at both ends (size, of a slider for height)
-    no longer cancelled. A side that does nothing at all is not usable.
+    A side that stands still may go on while the other grows, for one may flip sooner: on the shapes world ranges that
+    ended where their own side stopped were lopsided, and what moves alike at both ends (size, of a slider for height)
+    no longer cancelled. It may not fall, and a side that does nothing at all is not usable.
     """
     by = {p.strength: p for p in points}
     strengths = sorted(s for s in by if s > 0)
@@ -224,11 +224,14 @@ def usable_range(points: Sequence[Point], config: CalibrationConfig) -> tuple[fl
     def reach(sign: float) -> float:
         last = 0.0
         for s in strengths:
-            grows = (both[s] - both[last]) / (s - last) >= enough and sign * by[sign * s].response / s >= enough
-            if enough <= 0 or not grows or by[sign * s].drift > config.max_drift:
+            point = by[sign * s]
+            own, step = sign * (point.response - by[sign * last].response), s - last
+            grows = max(own, both[s] - both[last]) >= enough * step and sign * point.response >= enough * s
+            falls = own < -2 * point.spread / config.held_out**0.5
+            if enough <= 0 or not grows or falls or point.drift > config.max_drift:
                 break
             last = s
-        return sign * last
+        return sign * last if last else 0.0
 
     return reach(-1.0), reach(1.0)
 
@@ -240,7 +243,8 @@ def verdict(reached: float, points: Sequence[Point], usable: tuple[float, float]
     if reached < config.nothing or one.response < 2 * error:
         return "nothing"
     if usable[0] > -0.5 or usable[1] < 0.5:
-        return "drifts"
+        near = (p for p in points if 0 < abs(p.strength) <= 0.5)
+        return "drifts" if any(p.drift > config.max_drift for p in near) else "one way"
     return "works" if reached > 0.75 else "weak"
 
 

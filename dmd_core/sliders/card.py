@@ -16,6 +16,7 @@ VERDICTS = {
     "works": "works",
     "nothing": "DOES NOTHING that was measured",
     "drifts": "drags other things along",
+    "one way": "works to one side only",
     "weak": "is weak",
 }
 
@@ -55,6 +56,7 @@ class SliderCard:
             "works": "",
             "nothing": f"{self.name} does not move what it should; train it longer or on more layers",
             "drifts": f"{self.name} moves other things too much; its usable range is {describe(self.usable)}",
+            "one way": f"{self.name} works to one side only; its usable range is {describe(self.usable)}",
             "weak": f"{self.name} is weak: it never moves its direction by a whole standard deviation",
         }
         return texts[self.verdict]
